@@ -1,0 +1,6 @@
+"""One thread per test process: pytest-xdist runs two of them."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
