@@ -240,18 +240,25 @@ class Rubric:
             if not isinstance(value, Mapping):
                 raise ValueError(f"{key} must be a mapping, got {type(value).__name__}")
         for name, texts in scale["anchors"].items():
-            if texts is not None and not isinstance(texts, Mapping):
-                raise ValueError(f"scale.anchors.{name} must map scores to texts, got {type(texts).__name__}")
+            if texts is not None and not (
+                isinstance(texts, Mapping) and all(_is_number(score) and isinstance(text, str) for score, text in texts.items())
+            ):
+                raise ValueError(f"scale.anchors.{name} must map scores to texts, got {texts!r}")
+        for name, text in wording["instructions"].items():
+            if not isinstance(text, str):
+                raise ValueError(f"wording.instructions.{name} must be text, got {text!r}")
         for key, value in (("scale.bins", scale["bins"]), ("wording.labels", wording.get("labels", []))):
             if not isinstance(value, list):
                 raise ValueError(f"{key} must be a list, got {type(value).__name__}")
-        if not all(isinstance(b, int | float) and not isinstance(b, bool) for b in scale["bins"]):
+        if not all(map(_is_number, scale["bins"])):
             raise ValueError(f"scale.bins must be numbers, got {scale['bins']}")
+        if not all(isinstance(label, str) and label for label in wording.get("labels", [])):
+            raise ValueError(f"wording.labels must be texts, put quotes around them: got {wording['labels']}")
         for key in ("system", "end", "marker"):
             if not isinstance(wording.get(key, ""), str):
                 raise ValueError(f"wording.{key} must be text, got {wording[key]!r}")
-        wording.setdefault("labels", letters(len(scale["bins"])))
-        return cls(Scale(**scale), Wording(**{**wording, "labels": tuple(wording["labels"])}))
+        labels = tuple(wording["labels"]) if "labels" in wording else letters(len(scale["bins"]))
+        return cls(Scale(**scale), Wording(**{**wording, "labels": labels}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` takes."""
@@ -274,6 +281,10 @@ def letters(count: int) -> tuple[str, ...]:
     if count > len(string.ascii_uppercase):
         raise ValueError(f"{count} bins are more than the {len(string.ascii_uppercase)} letters: give wording.labels yourself")
     return tuple(string.ascii_uppercase[:count])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _fields(data: Any, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:

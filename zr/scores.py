@@ -207,7 +207,9 @@ class ScoreDistribution(Distribution):
         axis = dim % axes
         off = None if self._off_scale is None else self._off_scale.mean(axis)
         count = torch.tensor(float(self.batch_shape[axis]))
-        return self._like(self.logits.logsumexp(axis) - count.log().to(self.logits), off)
+        nowhere = self.logits.isneginf().all(axis)  # the gradient of logsumexp is NaN where every component is -inf
+        logits = self.logits.clamp_min(torch.finfo(self.logits.dtype).min).logsumexp(axis).masked_fill(nowhere, -torch.inf)
+        return self._like(logits - count.log().to(self.logits), off)
 
     def _like(self, logits: Tensor, off_scale: Tensor | None) -> ScoreDistribution:
         bins = self.bins.to(logits.device)
@@ -272,5 +274,5 @@ def _kl(p: ScoreDistribution, q: ScoreDistribution) -> Tensor:
     """KL(p || q) in nats, of the broadcast batch shape. Different bins raise."""
     if p.bins.shape != q.bins.shape or not torch.allclose(p.bins, q.bins.to(p.bins)):
         raise ValueError(f"KL needs one scale: bins {p.bins.tolist()} against {q.bins.tolist()}")
-    ratio = (p.logits - q.logits).masked_fill(p.logits.isneginf(), 0.0)  # 0 log 0 = 0
+    ratio = (p.logits - q.logits).masked_fill(p.probs == 0, 0.0)  # 0 log 0 = 0, also where p underflows and q is -inf
     return (p.probs * ratio).sum(-1)

@@ -1,1 +1,1 @@
-"""."""
+"""Backbones: inputs to hidden states."""

@@ -1,0 +1,187 @@
+"""Batches against hand-worked arrays; pairs against a naive loop; moving by Lightning."""
+
+import io
+import random
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from PIL import Image
+
+from zr.data import AllPairs, Annotation, Batch, Candidate, LabelledDistribution, Record, collate
+from zr.rubric import Scale
+
+SCALE = Scale(bins=(1.0, 2.0, 3.0, 4.0), anchors={"realism": {}, "aesthetics": {}})
+CANDIDATES = "abcde"
+
+
+def picture(seed, size=(7, 5)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue(), pixels
+
+
+def make(key, count=2, **parts):
+    return Record(
+        key, f"prompt of {key}", tuple(Candidate(c, picture(i)[0]) for i, c in enumerate(CANDIDATES[:count])), **parts
+    )
+
+
+def scores(**by_candidate):
+    return {c: {f"annotator{i}": Annotation(float(s)) for i, s in enumerate(given)} for c, given in by_candidate.items()}
+
+
+FIRST = make("p0", 3, scores={"realism": scores(a=(1, 3, 4), b=(2,)), "aesthetics": scores(c=(4, 4, 4, 1))})
+SECOND = make("p1", 2, scores={"aesthetics": scores(a=(1,), b=(2, 4))}, texts={"aesthetics": {"b": "fine"}})
+
+
+def test_tensors_by_hand():
+    batch = collate([FIRST, SECOND], SCALE)
+    nan = torch.nan
+    expected = torch.tensor([[3, nan], [2, nan], [nan, 4], [nan, 1], [nan, 3]])
+    torch.testing.assert_close(batch.scores, expected, equal_nan=True)
+    assert torch.equal(batch.known, ~expected.isnan())
+    votes = torch.zeros(5, 2, 4)
+    votes[0, 0] = torch.tensor([1.0, 0, 1, 1])
+    votes[1, 0, 1] = 1
+    votes[2, 1] = torch.tensor([1.0, 0, 0, 3])
+    votes[3, 1, 0] = 1
+    votes[4, 1] = torch.tensor([0, 1.0, 0, 1])
+    assert torch.equal(batch.votes, votes)
+    assert batch.keys == ["p0.a", "p0.b", "p0.c", "p1.a", "p1.b"]
+    assert batch.prompts == ["prompt of p0"] * 3 + ["prompt of p1"] * 2
+    assert batch.prompt_index.tolist() == [0, 0, 0, 1, 1]
+    assert batch.texts == [{}, {}, {}, {}, {"aesthetics": "fine"}]
+    assert batch.teacher is None
+    assert (batch.pairs.shape, batch.pair_dimension.shape, batch.preference) == ((0, 2), (0,), None)
+    assert collate([FIRST], SCALE).texts is None
+
+
+def test_images_are_the_pixels_of_the_file():
+    for image, i in zip(collate([FIRST, SECOND], SCALE).images, (0, 1, 2, 0, 1), strict=True):
+        assert image.dtype == torch.uint8
+        np.testing.assert_array_equal(image.numpy(), picture(i)[1].transpose(2, 0, 1))
+
+
+def test_sizes_may_differ():
+    record = Record("p", "x", (Candidate("a", picture(0)[0]), Candidate("b", picture(1, (4, 9))[0])))
+    assert [tuple(image.shape) for image in collate([record], SCALE).images] == [(3, 5, 7), (3, 9, 4)]
+
+
+def test_unlabelled():
+    batch = collate([make("p0")], SCALE, pairs=AllPairs())
+    assert not batch.known.any()
+    assert batch.scores.isnan().all()
+    assert (batch.pairs.shape, batch.preference.shape) == ((0, 2), (0,))
+
+
+def test_teacher():
+    def labelled(*probs):
+        return {"t": LabelledDistribution(probs, (), SCALE.scale_id), "other": LabelledDistribution((1, 0, 0, 0), (), "")}
+
+    record = make("p0", 2, distributions={"aesthetics": {"b": labelled(0.1, 0.2, 0.3, 0.4)}})
+    teacher = collate([record], SCALE, labeller="t").teacher
+    torch.testing.assert_close(teacher[1, 1], torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert teacher.sum() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"'p0'.*'nobody'.*other, t"):
+        collate([record], SCALE, labeller="nobody")
+
+
+def naive_pairs(batch, record_scores, minimum_gap, ties):
+    found = set()
+    for d in range(2):
+        for i, j in combinations(range(len(batch.keys)), 2):
+            same = batch.keys[i].split(".")[0] == batch.keys[j].split(".")[0]
+            if same and batch.known[i, d] and batch.known[j, d]:
+                gap = abs(record_scores[i, d] - record_scores[j, d]).item()
+                if (gap == 0 and ties) or (gap > 0 and gap >= minimum_gap):
+                    found.add((frozenset((i, j)), d))
+    return found
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("minimum_gap", [0.0, 1.0, 1.5])
+def test_all_pairs_against_a_naive_loop(minimum_gap, ties):
+    rng = np.random.default_rng(0)
+    records = []
+    for p in range(6):
+        given = {
+            dimension: scores(**{c: rng.choice(SCALE.bins, rng.integers(1, 4)) for c in CANDIDATES[:4] if rng.random() < 0.8})
+            for dimension in SCALE.dimensions
+        }
+        records.append(make(f"p{p}", 4, scores=given))
+    batch = collate(records, SCALE, pairs=AllPairs(minimum_gap, ties), seed=3)
+    got = [(frozenset(pair), d) for pair, d in zip(batch.pairs.tolist(), batch.pair_dimension.tolist(), strict=True)]
+    assert len(got) == len(set(got))
+    assert set(got) == naive_pairs(batch, batch.scores, minimum_gap, ties)
+    left, right = (batch.scores[batch.pairs[:, side], batch.pair_dimension] for side in (0, 1))
+    assert torch.equal(batch.preference, (torch.sign(left - right) + 1) / 2)
+
+
+def test_choices_overrule_scores_and_stand_alone():
+    record = make(
+        "p0",
+        3,
+        scores={"realism": scores(a=(4,), b=(1,))},
+        preferences={"realism": [("b", "a", 0.9), ("a", "c", 0.25)], "aesthetics": [("b", "c", 0.5)]},
+    )
+    batch = collate([record], SCALE, pairs=AllPairs())
+    by_pair = {}
+    for (i, j), share in zip(batch.pairs.tolist(), batch.preference.tolist(), strict=True):
+        by_pair[min(i, j), max(i, j)] = round(share if i < j else 1 - share, 6)
+    assert by_pair == {(0, 1): 0.1, (0, 2): 0.25}
+    assert len(collate([record], SCALE, pairs=AllPairs(ties=True)).pairs) == 3
+
+
+def test_order_within_pairs_is_seeded_and_has_no_side():
+    records = [make(f"p{i}", 2, scores={"realism": scores(a=(4,), b=(1,))}) for i in range(200)]
+    batch = collate(records, SCALE, pairs=AllPairs(), seed=1)
+    again, other, later = (collate(records, SCALE, pairs=AllPairs(), seed=s, epoch=e) for s, e in ((1, 0), (2, 0), (1, 1)))
+    assert torch.equal(batch.pairs, again.pairs)
+    assert not torch.equal(batch.pairs, other.pairs)
+    assert not torch.equal(batch.pairs, later.pairs)
+    assert abs(batch.preference.mean().item() - 0.5) < 0.15  # 4 standard errors: the better one stands on either side
+    alone = collate([records[7]], SCALE, pairs=AllPairs(), seed=1)  # the company does not matter
+    assert torch.equal(alone.pairs + 14, batch.pairs[7:8])
+
+
+def test_a_policy_is_any_callable():
+    def first_two(scores, preferences, generator):
+        assert isinstance(generator, random.Random)
+        return [(*list(scores)[:2], 1.0)] if len(scores) > 1 else []
+
+    batch = collate([FIRST, SECOND], SCALE, pairs=first_two)
+    assert sorted(map(sorted, batch.pairs.tolist())) == [[0, 1], [3, 4]]
+
+
+def test_join_equals_collate_of_all():
+    together, joined = collate([FIRST, SECOND], SCALE), Batch.join([collate([FIRST], SCALE), collate([SECOND], SCALE)])
+    assert (together.keys, together.texts) == (joined.keys, joined.texts)
+    assert torch.equal(together.prompt_index, joined.prompt_index)
+    with pytest.raises(ValueError, match="at least one"):
+        collate([], SCALE)
+
+
+def test_lightning_moves_it():
+    batch = collate([FIRST, SECOND], SCALE, pairs=AllPairs())
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch)
+    tensors = [moved.prompt_index, moved.scores, moved.known, moved.votes, moved.pairs, moved.pair_dimension, moved.preference]
+    assert {tensor.device.type for tensor in (*tensors, *moved.images)} == {"meta"}
+    assert moved.keys == batch.keys
+    assert moved.teacher is None
+    assert batch.scores.device.type == "cpu"
+
+
+def test_a_truncated_image_names_record_and_candidate():
+    record = Record("p9", "x", (Candidate("a", picture(0)[0]), Candidate("b", picture(1, (64, 64))[0][:900])))
+    with pytest.raises(ValueError, match=r"'p9', candidate 'b'.*truncated"):
+        collate([record], SCALE)
+
+
+def test_negative_gap():
+    with pytest.raises(ValueError, match="minimum_gap"):
+        AllPairs(minimum_gap=-1.0)

@@ -1,0 +1,201 @@
+import json
+import math
+import subprocess
+import sys
+from datetime import timedelta
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import distributed
+
+from zr.metrics import (
+    HPA,
+    ExpectedCalibrationError,
+    RankedProbabilityScore,
+    VotesNegativeLogLikelihood,
+    hpa,
+    pair_counts,
+    same_prompt_pairs,
+)
+from zr.scores import ScoreDistribution
+
+
+def naive(mu, score, prompt, margin=0.0):
+    """Equation (17), pair by pair."""
+    correct = total = 0
+    for a, b in combinations(range(len(mu)), 2):
+        if prompt[a] == prompt[b] and abs(score[a] - score[b]) > margin + 1e-6:
+            total += 1
+            correct += (mu[a] - mu[b]) * math.copysign(1, score[a] - score[b]) > 1e-6
+    return correct, total
+
+
+def draw(count=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    score = 1 + torch.randint(9, (count,), generator=generator) / 2
+    mu = (score + torch.randn(count, generator=generator)).mul(4).round() / 4  # with ties
+    return mu, score, torch.randint(15, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0])
+def test_naive_loop(margin):
+    mu, score, prompt = draw()
+    metric = HPA(margin)
+    metric.update(mu, score, prompt)
+    correct, total = naive(mu.tolist(), score.tolist(), prompt.tolist(), margin)
+    assert 0 < correct < total
+    assert (int(metric.correct), int(metric.total)) == (correct, total)
+    assert metric.compute().item() == pytest.approx(correct / total)
+    assert float(hpa(mu, score, prompt, margin=margin)) == pytest.approx(correct / total)
+
+
+def test_margin_is_strict_and_forgives_rounding():
+    mu, prompt, margin_hpa = torch.tensor([2.0, 1.0]), torch.tensor([0, 0]), HPA(margin=0.5)
+    for dtype in (torch.float32, torch.float64):  # half a point is not above half a point, whatever becomes of the thirds
+        for high, low in ((11 / 3, 19 / 6), (23 / 6, 10 / 3), (13 / 6, 5 / 3), (1.1, 0.6)):
+            margin_hpa.update(mu, torch.tensor([high, low], dtype=dtype), prompt)
+    assert 1.1 - 0.6 > 0.5
+    assert margin_hpa.total == 0
+    margin_hpa.update(mu, torch.tensor([11 / 3, 3.0]), prompt)
+    assert margin_hpa.total == 1
+
+
+def test_ties():
+    metric = HPA()
+    prompt = torch.tensor([4, 4])
+    metric.update(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 3.0]), prompt)  # a tie of means is wrong
+    metric.update(torch.tensor([3.0, 3.0 + 4e-7]), torch.tensor([2.0, 3.0]), prompt)  # so is one up to rounding
+    metric.update(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 2.0]), prompt)  # a tie of scores does not count
+    metric.update(torch.tensor([3.0, 3.01]), torch.tensor([2.0, 3.0]), prompt)
+    assert (int(metric.correct), int(metric.total)) == (1, 3)
+
+
+def test_batches_are_added_and_prompts_start_again():
+    batches = [draw(20, seed) for seed in range(3)]
+    metric = HPA()
+    for batch in batches:
+        metric.update(*batch)
+    counts = [naive(*(t.tolist() for t in batch)) for batch in batches]
+    assert metric.compute().item() == pytest.approx(sum(c for c, _ in counts) / sum(t for _, t in counts))
+    metric.reset()
+    assert metric.total == 0
+
+
+def test_distributions_known_and_precision():
+    logits = torch.randn(30, 9, generator=torch.Generator().manual_seed(0))
+    q = ScoreDistribution(logits.bfloat16(), [1 + i / 2 for i in range(9)])
+    _, score, prompt = draw(30)
+    known = torch.arange(30) % 3 != 0
+    masked = HPA()
+    masked.update(q, score.masked_fill(~known, torch.nan), prompt, known)
+    by_hand = HPA()
+    by_hand.update(q.mean[known].double(), score[known], prompt[known])
+    assert masked.compute() == by_hand.compute()
+    forward = HPA()
+    assert forward(q, score, prompt, known) == masked.compute()
+
+
+def test_without_pairs_the_value_is_nan():
+    metric = HPA()
+    metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    metric.update(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert metric.compute().isnan()
+    assert math.isnan(hpa([], [], []))
+
+
+def test_wrong_arguments():
+    two, nan = torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan])
+    prompt = torch.tensor([0, 0])
+    with pytest.raises(ValueError, match=r"one length, got prediction \(2,\), score \(2,\), prompt_index \(3,\), known \(2,\)"):
+        HPA().update(two, two, torch.zeros(3))
+    with pytest.raises(ValueError, match="score is NaN at item 1: leave unknown items out"):
+        HPA().update(two, nan, prompt)
+    with pytest.raises(ValueError, match="mu is NaN at item 1"):
+        HPA().update(nan, two, prompt)
+    with pytest.raises(ValueError, match="margin must not be negative, got -1"):
+        HPA(-1)
+    with pytest.raises(ValueError, match=r"got \(2,\), \(3,\) and \(2,\)"):
+        pair_counts([1, 2], [1, 2, 3], [0, 0])
+
+
+def test_weights_are_repeated_prompts():
+    mu, score, prompt = (t.tolist() for t in draw(20))
+    times = np.random.default_rng(0).integers(0, 4, 15)
+    correct = total = 0
+    for name in range(15):
+        items = [i for i in range(20) if prompt[i] == name]
+        c, t = naive(*([values[i] for i in items] for values in (mu, score, prompt)))
+        correct, total = correct + times[name] * c, total + times[name] * t
+    weight = np.stack([times[prompt], np.ones(20)])
+    assert hpa(mu, score, prompt, weight).tolist() == pytest.approx([correct / total, float(hpa(mu, score, prompt))])
+
+
+items = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3), st.integers(1, 5)), max_size=25)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(items, st.randoms(use_true_random=False))
+def test_properties(rows, random):
+    prompt, mu, score = ([row[i] for row in rows] for i in range(3))
+    first, second = same_prompt_pairs(prompt)
+    expected = {(a, b) for a, b in combinations(range(len(rows)), 2) if prompt[a] == prompt[b]}
+    assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected
+    assert len(first) == len(expected)
+    value = [int(counts.sum()) for counts in pair_counts(mu, score, prompt)]
+    assert value == list(naive(mu, score, prompt))
+    random.shuffle(rows)
+    prompt, mu, score = ([row[i] for row in rows] for i in range(3))
+    assert value == [int(counts.sum()) for counts in pair_counts(np.exp(mu), 2 * np.array(score) + 1, prompt)]
+
+
+def measure(batches):
+    """Values of the metrics, those of all processes of the group if there is one."""
+    metrics = [HPA(), HPA(0.5), VotesNegativeLogLikelihood(), RankedProbabilityScore(), ExpectedCalibrationError(4)]
+    for logits, score, prompt, votes in batches:
+        q = ScoreDistribution(torch.tensor(logits), (1.0, 2.0, 3.0, 5.0))
+        for metric in metrics[:2]:
+            metric.update(q, torch.tensor(score), torch.tensor(prompt))
+        for metric in metrics[2:]:
+            metric.update(q, torch.tensor(votes))
+    return [*(metric.compute().item() for metric in metrics), *torch.cat(metrics[-1].curve()).tolist()]
+
+
+def measure_in_group(rank, store, batches):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+    )
+    try:
+        return measure(batches[rank::2])
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_values_of_one(tmp_path):
+    generator = np.random.default_rng(0)
+    batches = []
+    for size in (7, 4, 9, 5, 6):  # three batches for one process, two for the other
+        score = generator.integers(2, 11, size) / 2
+        votes = generator.integers(0, 3, (size, 4))
+        logits = generator.normal(size=(size, 4))
+        batches.append([logits.tolist(), score.tolist(), (np.arange(size) // 3).tolist(), votes.tolist()])
+    alone = measure(batches)
+    # This process is the first of the group, and this file run as a script the second.
+    command = [sys.executable, __file__, str(tmp_path / "store"), json.dumps(batches)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            first = measure_in_group(0, tmp_path / "store", batches)
+            second = json.loads(process.communicate(timeout=60)[0].splitlines()[-1])
+        finally:
+            process.kill()
+    assert first == second
+    assert first[:2] == alone[:2]  # counts: equal, not only close
+    assert first == pytest.approx(alone, rel=1e-5)
+    assert 0 < alone[0] < 1
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_in_group(1, sys.argv[1], json.loads(sys.argv[2]))))  # noqa: T201 (the answer of the second process)

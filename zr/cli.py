@@ -1,0 +1,53 @@
+"""The dispatcher behind ``zr``: training by LightningCLI, everything else by plain functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+TRAINING = {
+    "fit": "train a stage",
+    "validate": "measure a stage on the validation split",
+    "test": "measure a stage on the test split",
+    "predict": "write a stage's distributions for a split",
+}
+COMMANDS = {
+    "demo": "the main job on the built-in world: shards, base model, supervised model, report",
+    "score": "score images with a saved model",
+    "shards": "write annotated data as WebDataset shards",
+    "configs": "list the packaged recipes, or write one out",
+}
+USAGE = "usage: zr COMMAND [options]\n\n{}\n\n`zr COMMAND --help` tells the options; `zr --version` what a bug report needs."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; errors that a user can mend are one line, not a traceback."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE.format("\n".join(f"  {name:10}{what}" for name, what in (TRAINING | COMMANDS).items())))
+        return 0
+    if args[0] == "--version":
+        from zr.commands.version import describe
+
+        print(describe())
+        return 0
+    if args[0] not in TRAINING | COMMANDS:
+        print(f"zr: there is no command {args[0]!r}; there are {', '.join(TRAINING | COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        if args[0] in TRAINING:
+            from zr.commands.training import run
+        else:
+            from zr.commands import run
+        run(args)
+    except KeyboardInterrupt:
+        print("zr: interrupted; the same command goes on where it can", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"zr {args[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

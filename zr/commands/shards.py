@@ -1,0 +1,145 @@
+"""``zr shards``: annotated images from JSON Lines or Parquet into shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported in the function: the stack takes seconds, `zr shards --help` must not
+    from zr.data import Record
+
+__all__ = ["write"]
+
+PARTS = ("scores", "preferences", "distributions", "texts")
+
+
+def write(source: Path, folder: Path, rubric: str = "zr:direct", split: str = "train", per_shard: int = 256) -> None:
+    r"""Write a split of annotated images as shards.
+
+    SOURCE is a ``.jsonl`` file with one JSON object per prompt (here over several lines)::
+
+        {"key": "p0001", "prompt": "two red cubes",
+         "candidates": [{"id": "a", "image": "images/p0001-a.png"}, {"id": "b", "image": "images/p0001-b.jpg"}],
+         "scores": {"realism": {"a": {"anna": 4.0, "bob": {"score": 4.5, "refined": true}}, "b": {"anna": 2.5}}},
+         "preferences": {"aesthetics": [["a", "b", 0.75]]},
+         "distributions": {"realism": {"a": {"teacher": {"probs": [0, 0, ...], "traces": ["..."], "scale_id": "..."}}}},
+         "texts": {"realism": {"a": "The shadow is missing."}}}
+
+    ``key``, ``prompt`` and ``candidates`` are needed, the rest may be missing. Keys and ids are letters, digits, ``_`` and
+    ``-``, 64 at most. ``image`` is the path of a PNG, JPEG or WebP file, relative to SOURCE. ``scores`` is dimension ->
+    candidate -> annotator -> score, and a score must be a bin of the rubric; ``preferences`` is dimension -> [a, b, share of
+    the judges who prefer a]; ``distributions`` has one probability per bin; ``texts`` is dimension -> candidate -> text.
+
+    Or SOURCE is a ``.parquet`` file with one row per prompt: text columns ``key`` and ``prompt``; ``candidates``, a list of
+    structs with ``id`` (text) and ``image`` (the file's bytes, or a path as above); and, each of them optional and nullable,
+    text columns ``scores``, ``preferences``, ``distributions``, ``texts`` that hold the JSON shown above.
+
+    Args:
+        source: the .jsonl or .parquet file.
+        folder: where the shards go; made if needed. Splits that it has already stay.
+        rubric: YAML file or packaged rubric (zr:direct) whose scale the scores belong to.
+        split: name of the split, such as train, validation, test.
+        per_shard: prompts in a shard. Training wants at least one shard for each worker of each device.
+
+    Raises:
+        FileNotFoundError: no such source, rubric or image.
+        FileExistsError: the folder has this split already.
+        ValueError: a bad record; the message names it and says what to do.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from zr.data import write_shards
+    from zr.rubric import Rubric
+
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}: give a .jsonl or .parquet file")
+    if source.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{source} must end in .jsonl or .parquet, so that it is known what it holds")
+    scale = Rubric.load(rubric).scale
+    rows = _jsonl if source.suffix == ".jsonl" else _parquet
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        records = (_record(row, where, source.parent) for where, row in rows(source))
+        total = _count(source)
+        index = write_shards(progress.track(records, total=total, description=split), folder, scale, split, per_shard)
+        shards = index.splits[split]
+        progress.console.print(f"{sum(s.records for s in shards)} prompts in {len(shards)} shards of {split}: {folder}")
+
+
+def _record(row: Any, where: str, home: Path) -> Record:
+    """A record from its JSON form, whose candidates carry a path or bytes."""
+    from zr.data import Record
+
+    images: dict[str, bytes] = {}
+    try:
+        if isinstance(row, Mapping) and isinstance(row.get("candidates"), list):
+            bare = [dict(entry) if isinstance(entry, Mapping) else entry for entry in row["candidates"]]
+            for entry in bare:
+                image = entry.pop("image", None) if isinstance(entry, dict) else None
+                if image is not None:
+                    name = str(entry.get("id"))
+                    images[name] = _image(image, home, f"record {row.get('key')!r}, candidate {name!r}")
+            row = {**row, "candidates": bare}
+        return Record.from_dict(row, images)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _image(image: Any, home: Path, place: str) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise ValueError(f"{place}: image must be a path or bytes, got {type(image).__name__}")
+    path = home / image
+    if not path.is_file():
+        raise FileNotFoundError(f"{place}: there is no image {path}: paths are relative to the source file")
+    return path.read_bytes()
+
+
+def _count(source: Path) -> int:
+    if source.suffix == ".parquet":
+        return int(_open(source).metadata.num_rows)
+    with source.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def _jsonl(source: Path) -> Iterator[tuple[str, Any]]:
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{source}, line {number}"
+                yield where, _json(line, where)
+
+
+def _parquet(source: Path) -> Iterator[tuple[str, Any]]:
+    rows = (row for part in _open(source).iter_batches(batch_size=16) for row in part.to_pylist())  # a row holds its images
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        given = {name: value for name, value in row.items() if value is not None}
+        for name in PARTS:
+            if name in given:
+                if not isinstance(given[name], str):
+                    raise ValueError(f"{where}: column {name} must hold JSON text, got {type(given[name]).__name__}")
+                given[name] = _json(given[name], f"{where}, column {name}")
+        yield where, given
+
+
+def _open(source: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(source)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{source} is no Parquet file ({str(error).splitlines()[0]}): write it again") from None
+
+
+def _json(text: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{where} is not JSON ({error}): give one JSON object, in UTF-8") from None

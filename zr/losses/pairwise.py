@@ -1,0 +1,126 @@
+"""How the expected scores of two items of one prompt should differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from zr.losses.base import PairLoss, ScoreTarget, check_pair, check_shape, score_range
+from zr.scores import ScoreDistribution
+
+__all__ = ["BradleyTerryLoss", "GapLoss", "bradley_terry_loss", "gap_loss", "preference_share"]
+
+TIE = 1e-6  # scores this close are equal: a mean of float32 scores carries such rounding
+
+
+def gap_loss(prediction: ScoreDistribution, score: Tensor) -> Tensor:
+    r"""How far the predicted gap is from the annotated one: mean of :math:`|(\mu_i - \mu'_k) - (s - s')| / R`, all i and k.
+
+    Args:
+        prediction: batch shape ``(..., 2, G)``, the two items of a pair, G outputs each; all G x G cross pairs count.
+        score: ``(..., 2)``, in score units.
+
+    Returns:
+        ``(...)``, as a share of the score range R; at most 2. The sum over both sides in eq. (11) gives each cross pair
+        twice, so the mean over one side is the same number.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Reference: Z-Reward (arXiv 2606.09076), eq. (11).
+
+    Example:
+        >>> q = ScoreDistribution(torch.tensor([[[0.0, 1.0]], [[0.5, 0.5]]]).log(), bins=(1.0, 5.0))    # means 5 and 3
+        >>> gap_loss(q, torch.tensor([4.0, 3.0])).item()                    # |(5 - 3) - (4 - 3)| / 4
+        0.25
+    """
+    check_pair(prediction, score)
+    mu = prediction.mean
+    error = mu - score.to(mu.dtype).unsqueeze(-1)
+    return _cross(error).abs().mean((-2, -1)) / score_range(prediction)
+
+
+def bradley_terry_loss(prediction: ScoreDistribution, preference: Tensor) -> Tensor:
+    r"""Cross-entropy of the preferred side, with :math:`P(1 \succ 2) = \sigma(\mu_1 - \mu_2)`, mean over G x G cross pairs.
+
+    It keeps widening the margin, where :func:`gap_loss` matches the annotated distance; here to compare.
+
+    Args:
+        prediction: batch shape ``(..., 2, G)``, the two items of a pair, G outputs each.
+        preference: ``(...)``, the share in [0, 1] that prefers the first item; 1/2 for a tie.
+
+    Returns:
+        ``(...)``, in nats; :math:`-\log\sigma(\mu_w - \mu_l)` for a share of 1 or 0. Differences are in score units.
+
+    Raises:
+        ValueError: shapes that do not fit, a share outside [0, 1].
+
+    Reference: Bradley and Terry 1952; Z-Reward (arXiv 2606.09076), eq. (12).
+
+    Example:
+        >>> q = ScoreDistribution(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]).log(), bins=(1.0, 5.0))    # means 3 and 3
+        >>> round(bradley_terry_loss(q, torch.tensor(1.0)).item(), 4)       # log 2
+        0.6931
+    """
+    check_shape("preference", preference, prediction.batch_shape[:-2])
+    if not bool(((preference >= 0) & (preference <= 1)).all()):
+        raise ValueError(f"preference must be a share in [0, 1], got {preference.tolist()}")
+    difference = _cross(prediction.mean)
+    share = preference.to(difference.dtype)[..., None, None].expand_as(difference)
+    return binary_cross_entropy_with_logits(difference, share, reduction="none").mean((-2, -1))
+
+
+def preference_share(target: ScoreTarget) -> Tensor:
+    """Share that prefers the first item of each pair: as compared directly, else as the scores say, 1/2 for equal scores.
+
+    Args:
+        target: ``(..., 2)``. ``target.preference`` counts where it is given (not NaN); elsewhere both scores must be known.
+
+    Returns:
+        ``(...)`` float32 or wider, in [0, 1].
+
+    Raises:
+        ValueError: a pair with neither a preference nor two known scores.
+
+    Example:
+        >>> preference_share(ScoreTarget.from_scores(torch.tensor([[4.0, 3.0], [2.0, 2.5], [3.0, 3.0]]))).tolist()
+        [1.0, 0.0, 0.5]
+        >>> preference_share(ScoreTarget.from_preference(torch.tensor([0.75]))).tolist()
+        [0.75]
+    """
+    score = target.score.to(torch.promote_types(target.score.dtype, torch.float32))
+    gap = score[..., 0] - score[..., 1]
+    by_score = torch.heaviside(torch.where(gap.abs() <= TIE, 0.0, gap), gap.new_tensor(0.5))
+    share = torch.where(target.known.all(-1), by_score, torch.nan)
+    if target.preference is not None:
+        share = torch.where(target.preference.isnan(), share, target.preference.to(share.dtype))
+    if bool(share.isnan().any()):
+        where = share.isnan().nonzero()
+        raise ValueError(
+            f"{len(where)} of {share.numel()} pairs have neither a preference nor two known scores (first at index "
+            f"{where[0].tolist()}): select the pairs to compare before the loss"
+        )
+    return share
+
+
+class GapLoss(PairLoss):
+    """One value per pair, by :func:`gap_loss`; see there for shapes and units."""
+
+    def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
+        """``(...)`` values against ``target.score``, all known; a preference alone has no distance."""
+        target.require_known()
+        return gap_loss(prediction, target.score)
+
+
+class BradleyTerryLoss(PairLoss):
+    """One value per pair, by :func:`bradley_terry_loss` on :func:`preference_share`; see there for shapes and units."""
+
+    def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
+        """``(...)`` values against ``target.preference``, and ``target.score`` where there is none."""
+        return bradley_terry_loss(prediction, preference_share(target))
+
+
+def _cross(value: Tensor) -> Tensor:
+    """``(..., G, G)``: each output of the first item minus each of the second."""
+    return value[..., 0, :, None] - value[..., 1, None, :]

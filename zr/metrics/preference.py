@@ -1,0 +1,180 @@
+"""Agreement with people on which of two images of one prompt is better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchmetrics import Metric
+
+from zr.scores import ScoreDistribution
+
+__all__ = ["HPA", "hpa", "pair_counts", "same_prompt_pairs"]
+
+TOLERANCE = 1e-6  # closer than this is equal: 11/3 - 19/6 is not above 0.5
+MARGIN = 0.5  # score units, of margin HPA
+
+
+class HPA(Metric):
+    r"""Human preference accuracy: the share of same-prompt pairs that the expected scores put in the annotated order.
+
+    Pairs with :math:`|s_a - s_b| >` ``margin`` count, correct where :math:`(\mu_a - \mu_b)(s_a - s_b) > 0`; equal means are
+    wrong. Differences are taken in float64 and those up to 1e-6 are equal. Pairs are formed inside one :meth:`update`, so
+    all candidates of a prompt must arrive together, as the loaders here see to; ``prompt_index`` may start again at the
+    next. The value is NaN when there was no pair. Sums are reduced over processes: the value is that of one process.
+
+    Args:
+        margin: in score units; 0 for HPA, 0.5 for margin HPA.
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: a negative margin.
+
+    Reference: Z-Reward (arXiv 2606.09076), eq. (17).
+
+    Example:
+        >>> hpa = HPA()
+        >>> hpa.update(torch.tensor([3.0, 2.0, 4.0]), torch.tensor([4.0, 3.5, 5.0]), torch.tensor([0, 0, 1]))
+        >>> hpa.update(torch.tensor([3.0, 3.0]), torch.tensor([4.0, 3.5]), torch.tensor([0, 0]))      # a tie is wrong
+        >>> hpa.compute().item()                                                                     # 1 of 2
+        0.5
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if margin < 0:
+            raise ValueError(f"margin must not be negative, got {margin}")
+        self.margin = margin
+        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, prediction: ScoreDistribution | Tensor, score: Tensor, prompt_index: Tensor, known: Tensor | None = None
+    ) -> None:
+        """Count the pairs of a batch.
+
+        Args:
+            prediction: ``(N,)`` distributions, or their means in score units.
+            score: ``(N,)``, in score units.
+            prompt_index: ``(N,)``, equal for candidates of one prompt.
+            known: ``(N,)`` bool, which items to take; None for all.
+
+        Raises:
+            ValueError: shapes that differ, a NaN among the items taken.
+        """
+        mu = prediction.mean if isinstance(prediction, ScoreDistribution) else prediction
+        take = torch.ones_like(mu, dtype=torch.bool) if known is None else known
+        _check_items({"prediction": mu, "score": score, "prompt_index": prompt_index, "known": take})
+        # On the host, where float64 is to be had on every machine.
+        means, scores, prompts = (t.detach()[take].cpu() for t in (mu, score, prompt_index))
+        correct, total = pair_counts(means.double().numpy(), scores.double().numpy(), prompts.numpy(), self.margin)
+        self.correct += int(correct.sum())
+        self.total += int(total.sum())
+
+    def compute(self) -> Tensor:
+        """Share of correct pairs, in [0, 1]; NaN without pairs."""
+        return self.correct / self.total
+
+
+def hpa(mu: ArrayLike, score: ArrayLike, prompt: ArrayLike, weight: ArrayLike | None = None, margin: float = 0.0) -> Any:
+    """Human preference accuracy, eq. (17), of weighted prompts: the statistic behind :class:`HPA` and the bootstrap.
+
+    Args:
+        mu: ``(N,)`` expected scores.
+        score: ``(N,)``, in score units.
+        prompt: ``(N,)``, equal for candidates of one prompt.
+        weight: ``(..., N)``, how often the prompt of each item counts; None for once.
+        margin: only pairs with scores further apart than this count, in score units.
+
+    Returns:
+        ``(...)`` float64 in [0, 1]; NaN without pairs.
+
+    Raises:
+        ValueError: lengths that differ, a NaN.
+
+    Example:
+        >>> float(hpa([3, 2, 3, 4], [4, 3, 5, 3], [0, 0, 1, 1]))
+        0.5
+        >>> float(hpa([3, 2, 3, 4], [4, 3, 5, 3], [0, 0, 1, 1], weight=[3, 3, 1, 1]))
+        0.75
+    """
+    correct, total = pair_counts(mu, score, prompt, margin)
+    times = np.ones(len(total)) if weight is None else np.asarray(weight, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return (times @ correct) / (times @ total)
+
+
+def pair_counts(
+    mu: ArrayLike, score: ArrayLike, prompt: ArrayLike, margin: float = 0.0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each item, the pairs of its prompt that it opens: how many are ordered right, and how many count.
+
+    Args:
+        mu: ``(N,)`` expected scores.
+        score: ``(N,)``, in score units.
+        prompt: ``(N,)``, equal for candidates of one prompt.
+        margin: only pairs with scores further apart than this count, in score units.
+
+    Returns:
+        ``(N,)`` counts of correct pairs, ``(N,)`` counts of all. Every pair is counted at one of its items.
+
+    Raises:
+        ValueError: lengths that differ, a NaN.
+
+    Example:
+        >>> correct, total = pair_counts([1, 2, 3], [1, 3, 2], [0, 0, 0])
+        >>> int(correct.sum()), int(total.sum())
+        (2, 3)
+    """
+    means, scores, prompts = np.asarray(mu, np.float64), np.asarray(score, np.float64), np.asarray(prompt)
+    if not means.shape == scores.shape == prompts.shape or means.ndim != 1:
+        raise ValueError(
+            f"mu, score and prompt must be (N,) of one length, got {means.shape}, {scores.shape} and {prompts.shape}"
+        )
+    for name, values in (("mu", means), ("score", scores)):
+        if np.isnan(values).any():
+            raise ValueError(f"{name} is NaN at item {int(np.isnan(values).argmax())}: leave unknown items out")
+    first, second = same_prompt_pairs(prompts)
+    gap = scores[first] - scores[second]
+    counts = np.abs(gap) > margin + TOLERANCE
+    right = counts & ((means[first] - means[second]) * np.sign(gap) > TOLERANCE)
+    return np.bincount(first[right], minlength=len(scores)), np.bincount(first[counts], minlength=len(scores))
+
+
+def same_prompt_pairs(prompt: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All unordered pairs of items with one prompt.
+
+    Args:
+        prompt: ``(N,)``, equal for candidates of one prompt; in any order.
+
+    Returns:
+        ``(P,)`` indices of the first items and ``(P,)`` of the second, in time and memory of N log N + P.
+
+    Example:
+        >>> [indices.tolist() for indices in same_prompt_pairs(["cat", "dog", "cat", "cat"])]
+        [[0, 0, 2], [2, 3, 3]]
+    """
+    _, code, size = np.unique(np.asarray(prompt), return_inverse=True, return_counts=True)
+    order = np.argsort(code, kind="stable")
+    later = np.repeat(size.cumsum(), size) - np.arange(len(order)) - 1  # items of the same prompt that follow in ``order``
+    first = np.repeat(np.arange(len(order)), later)
+    step = np.arange(len(first)) - np.repeat(later.cumsum() - later, later) + 1
+    return order[first], order[first + step]
+
+
+def _check_items(items: dict[str, Tensor]) -> None:
+    shapes = {name: tuple(t.shape) for name, t in items.items()}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+        raise ValueError(f"HPA needs tensors (N,) of one length, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")

@@ -1,0 +1,217 @@
+"""Vision-language models small enough to train on a laptop: the real classes of transformers, random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from zr.models.backbones.vlm import VLMBackbone
+from zr.rubric import Rubric
+
+__all__ = ["tiny_qwen3_5", "tiny_qwen3_vl"]
+
+PATCH, MERGE = 8, 2
+
+_CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_THINK = ("<think>", "</think>")  # added, and not flagged special: as in the families' real tokenizers
+
+_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+<think>{%- if not enable_thinking -%}</think>{%- endif -%}{%- endif -%}"""
+
+
+def tiny_qwen3_vl(
+    rubric: Rubric,
+    vocabulary: Callable[[], Sequence[str]],
+    hidden_size: int = 96,
+    layers: int = 3,
+    vision_size: int = 64,
+    vision_layers: int = 2,
+    seed: int = 0,
+) -> VLMBackbone:
+    """A Qwen3-VL (full attention) of about half a million parameters, for images whose sides are multiples of 16.
+
+    Args:
+        rubric: scale and wording; its words are added to the vocabulary.
+        vocabulary: gives the words of the tokenizer, such as :func:`zr.data.shapes.vocabulary`.
+        hidden_size: width of the language model, a multiple of 32.
+        layers: its depth.
+        vision_size: width of the vision tower, a multiple of 4.
+        vision_layers: its depth.
+        seed: of the initial weights.
+
+    Returns:
+        A backbone with random weights.
+
+    Example:
+        >>> from zr.data import shapes
+        >>> backbone = tiny_qwen3_vl(shapes.rubric(), shapes.vocabulary)
+        >>> backbone.features(torch.rand(2, 3, 48, 48), [shapes.prompts("train")[0]] * 2, ["realism"]).shape
+        torch.Size([2, 1, 96])
+    """
+    tokenizer = word_tokenizer(rubric, vocabulary())
+    ids = _control_ids(tokenizer)
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": hidden_size // 4,
+            "max_position_embeddings": 1024,
+            "initializer_range": INITIAL,
+            "rope_parameters": _rope(hidden_size // 8),
+        },
+        vision_config=_vision(vision_size, vision_layers, hidden_size) | {"deepstack_visual_indexes": [0]},
+        tie_word_embeddings=True,
+        **ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VLMBackbone(Qwen3VLForConditionalGeneration(config), _processor(tokenizer), rubric)
+
+
+def tiny_qwen3_5(
+    rubric: Rubric,
+    vocabulary: Callable[[], Sequence[str]],
+    hidden_size: int = 96,
+    layers: int = 4,
+    vision_size: int = 64,
+    vision_layers: int = 2,
+    seed: int = 0,
+) -> VLMBackbone:
+    """A Qwen3.5 (three gated-delta layers to one of full attention), as small; see :func:`tiny_qwen3_vl`.
+
+    Args:
+        rubric: scale and wording; its words are added to the vocabulary.
+        vocabulary: gives the words of the tokenizer.
+        hidden_size: width of the language model, a multiple of 32.
+        layers: its depth, a multiple of 4.
+        vision_size: width of the vision tower, a multiple of 4.
+        vision_layers: its depth.
+        seed: of the initial weights.
+    """
+    tokenizer = word_tokenizer(rubric, vocabulary())
+    ids = _control_ids(tokenizer)
+    config = Qwen3_5Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden_size // 4,
+            "linear_key_head_dim": hidden_size // 4,
+            "linear_value_head_dim": hidden_size // 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "initializer_range": INITIAL,
+            "rope_parameters": _rope(hidden_size // 8) | {"partial_rotary_factor": 1.0},
+        },
+        vision_config=_vision(vision_size, vision_layers, hidden_size),
+        tie_word_embeddings=True,
+        **ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VLMBackbone(Qwen3_5ForConditionalGeneration(config), _processor(tokenizer), rubric)
+
+
+INITIAL = 0.08
+"""Standard deviation of the initial weights: about 1 / sqrt(width). The families' .02 is made for widths of thousands and
+learns several times more slowly here."""
+
+
+def word_tokenizer(rubric: Rubric, vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the vocabulary and the rubric's own words; an unknown word becomes ``[UNK]``."""
+    words: dict[str, None] = dict.fromkeys(("[PAD]", "[UNK]", "system", "user", "assistant"))
+    split = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    texts = [rubric.system_text(), rubric.wording.marker, *rubric.wording.instructions.values(), *rubric.wording.labels]
+    for text in (*texts, *vocabulary):
+        words |= dict.fromkeys(word for word, _ in split.pre_tokenize_str(text))
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = split
+    core.add_special_tokens(list(_CONTROL))
+    core.add_tokens(list(_THINK))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="<|im_end|>",
+        chat_template=_TEMPLATE,
+        padding_side="left",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>",
+            "vision_eos_token": "<|vision_end|>",
+        },
+    )
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return {key: int(tokenizer.convert_tokens_to_ids(token)) for key, token in names.items()}
+
+
+def _rope(half: int) -> dict[str, object]:
+    side = half // 4
+    return {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [half - 2 * side, side, side],
+        "mrope_interleaved": True,
+    }
+
+
+def _vision(size: int, depth: int, out: int) -> dict[str, object]:
+    return {
+        "depth": depth,
+        "hidden_size": size,
+        "intermediate_size": 2 * size,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 1,
+        "out_hidden_size": out,
+        "num_position_embeddings": 36,
+        "initializer_range": INITIAL,
+    }
+
+
+def _processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
+    sides = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": 512**2}
+    images = Qwen2VLImageProcessor(
+        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, size=sides, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    video = Qwen3VLVideoProcessor(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1)
+    return Qwen3VLProcessor(images, tokenizer, video, chat_template=_TEMPLATE)

@@ -1,0 +1,153 @@
+"""Text to ids: the rubric's wording in the family's chat template, with user text spliced in as data."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from zr.rubric import Rubric
+
+__all__ = ["PromptBuilder"]
+
+# Stand-ins while the template is rendered; the text is cut at them, so whatever a user writes never meets the template.
+_PROMPT, _INSTRUCTION = "\ue000zr-prompt\ue001", "\ue000zr-instruction\ue001"
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Ids around the prompt and the instruction, for one number of images."""
+
+    head: list[int]
+    between: list[int]
+    tail: list[int]
+
+
+class PromptBuilder:
+    """Builds the ids of prefixes and suffixes.
+
+    A prefix is everything that all questions about a sample share: system text, images, user prompt. A suffix is what
+    differs: the dimension's instruction, the template's turn to the assistant, and for a direct answer the marker. User
+    text is encoded by a copy of the tokenizer that knows no added tokens, so ``<think>`` in a prompt is seven characters
+    and not a token.
+
+    Args:
+        tokenizer: fast tokenizer with a chat template.
+        rubric: scale and wording.
+        image_token: the family's image placeholder, one per image in the rendered template.
+
+    Raises:
+        ValueError: a label or the end that is not one token in its context, or labels that collide.
+    """
+
+    def __init__(self, tokenizer: Any, rubric: Rubric, image_token: str) -> None:
+        self.tokenizer = tokenizer
+        self.rubric = rubric
+        self.image_token = image_token
+        self._plain = _without_added_tokens(tokenizer)
+        self.control_ids = frozenset(tokenizer.get_added_vocab().values())
+        self._pieces: dict[int, _Pieces] = {}
+        self._instructions = {name: self._encode(text) for name, text in rubric.wording.instructions.items()}
+        self.marker_ids = self._encode(rubric.wording.marker)
+        self.end_id = self._single(rubric.wording.end, "wording.end")
+        self.label_ids = self._labels()
+
+    def prefix_ids(self, prompt: str, images: int = 1) -> list[int]:
+        """Ids of system text, ``images`` image placeholders (one id each) and the prompt."""
+        return self._for(images).head + self.user_ids(prompt)
+
+    def suffix_ids(self, dimension: str) -> list[int]:
+        """Ids of the dimension's instruction up to the assistant's turn; a trace is opened or closed by the template."""
+        pieces = self._for(0)
+        return pieces.between + self._instructions[dimension] + pieces.tail
+
+    def question_ids(self, dimension: str) -> list[int]:
+        """Ids of the suffix and the marker: the next token is the label. For a wording that answers directly."""
+        return self.suffix_ids(dimension) + self.marker_ids
+
+    def user_ids(self, text: str) -> list[int]:
+        """Ids of text that somebody wrote: data, in which no added token of any kind is obeyed.
+
+        Raises:
+            ValueError: the family's tokenizer cannot write the text without a control token.
+        """
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        obeyed = (self.control_ids - {self.tokenizer.unk_token_id}).intersection(ids)
+        if obeyed:
+            raise ValueError(f"the tokenizer turns the text {text[:60]!r} into control tokens {sorted(obeyed)}")
+        return ids
+
+    def text(self, dimension: str, prompt: str, images: int = 1) -> str:
+        """The whole question as the model sees it, for people."""
+        return str(self.tokenizer.decode(self.prefix_ids(prompt, images) + self.question_ids(dimension)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def reworded(self, rubric: Rubric) -> PromptBuilder:
+        """The same tokenizer under another wording."""
+        return PromptBuilder(self.tokenizer, rubric, self.image_token)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _for(self, images: int) -> _Pieces:
+        if images not in self._pieces:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": _PROMPT + _INSTRUCTION}]
+            messages = [
+                {"role": "system", "content": [{"type": "text", "text": self.rubric.system_text()}]},
+                {"role": "user", "content": content},
+            ]
+            if not self.rubric.wording.system:
+                del messages[0]
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.rubric.wording.template
+            )
+            parts = rendered.replace(_INSTRUCTION, _PROMPT).split(_PROMPT)
+            if len(parts) != 3 or rendered.count(self.image_token) != images:
+                raise ValueError(
+                    "the chat template must render the prompt once, the instruction once and each image once; "
+                    f"it gave {rendered[:300]!r}"
+                )
+            self._pieces[images] = _Pieces(self._encode(parts[0]), self._encode(parts[1] + "\n"), self._encode(parts[2]))
+        return self._pieces[images]
+
+    def _single(self, text: str, field: str) -> int:
+        ids = self._encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{field} {text!r} must be one token of this tokenizer, it is {len(ids)}: choose another")
+        return ids[0]
+
+    def _labels(self) -> list[int]:
+        """One id per label, as the tokenizer writes it after the marker."""
+        marker, found = self.rubric.wording.marker, []
+        for label in self.rubric.wording.labels:
+            ids = self._encode(marker + label)
+            if len(ids) == len(self.marker_ids) + 1 and ids[:-1] == self.marker_ids:
+                found.append(ids[-1])
+            else:
+                found.append(self._single(label, "wording.labels:"))
+        unknown = self.tokenizer.unk_token_id
+        if len(set(found)) != len(found) or unknown in found:
+            pairs = ", ".join(f"{label!r} -> {i}" for label, i in zip(self.rubric.wording.labels, found, strict=True))
+            raise ValueError(f"wording.labels must be different known tokens of this tokenizer: {pairs}")
+        return found
+
+
+def _without_added_tokens(tokenizer: Any) -> Tokenizer:
+    """A copy of a fast tokenizer's core that knows no added tokens.
+
+    Raises:
+        ValueError: the tokenizer has no such core.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: user text cannot be kept apart from control tokens")
+    data = json.loads(core.to_str())
+    data = copy.deepcopy(data) | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(data))
