@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 from zr.version import __version__
 
 if TYPE_CHECKING:
+    from zr.models import ReasoningReward as ReasoningReward
+    from zr.models import RewardModel as RewardModel
+    from zr.models import compose as compose
+    from zr.models import load as load
     from zr.rubric import Rubric as Rubric
     from zr.scores import ScoreDistribution as ScoreDistribution
 
 _HOME = {
+    "ReasoningReward": "zr.models",
+    "RewardModel": "zr.models",
     "Rubric": "zr.rubric",
     "ScoreDistribution": "zr.scores",
+    "compose": "zr.models",
+    "load": "zr.models",
 }
 
-__all__ = ["Rubric", "ScoreDistribution", "__version__"]
+__all__ = ["ReasoningReward", "RewardModel", "Rubric", "ScoreDistribution", "__version__", "compose", "load"]
 
 
 def __getattr__(name: str) -> Any:

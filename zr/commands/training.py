@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 from zr.commands.configs import PREFIX, packaged
+from zr.rubric import Rubric
 
 __all__ = ["TrainingCLI", "run"]
+
+set_parsing_settings(subclasses_enabled=[Rubric])  # a dataclass that YAML builds by class_path, as zr.Rubric.load
 
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with this library's defaults: any stage, any data module, interpolation, CSV logs, plain errors."""
 
-    def __init__(self, args: Sequence[str] | dict[str, Any] | None = None, run: bool = True) -> None:
+    def __init__(self, command: str, args: Sequence[str] | dict[str, Any]) -> None:
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
@@ -25,20 +30,44 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "zr"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"zr {command}"},
             args=args,  # type: ignore[arg-type]
-            run=run,
+            run=False,  # without subcommands inside, the configuration is flat, so that ${folder} means folder
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Names that recipes refer to by interpolation."""
+        parser.add_argument("--run", default="zr-run", help="the run's folder: logs, checkpoints, model; ${run} in a recipe")
+        parser.add_argument("--folder", default="zr-data", help="the data's folder; ${folder} in a recipe")
+        parser.add_argument(
+            "--ckpt_path", default=None, type=str | None, help="a Lightning checkpoint, or `last`"
+        )
+        parser.add_argument("--start", default="", help="a saved model to start from; ${start} in a recipe")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI does, without its warning about ``sys.argv``: the dispatcher has read it already."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that keeps everything in the run's folder, and logs CSV unless the configuration says otherwise."""
+        run = self._get(self.config, "run")
+        kwargs.setdefault("default_root_dir", run)
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs.setdefault("logger", CSVLogger(run, name="", version="logs"))
+        return super().instantiate_trainer(**kwargs)
 
 
 def run(args: Sequence[str]) -> None:
     """Run one training command.
 
     Args:
-        args: the subcommand and its options; ``--config zr:NAME`` reads a packaged recipe.
+        args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; ``--config zr:NAME`` reads a packaged recipe.
     """
-    resolved = [_resolve(args, i) for i in range(len(args))]
-    TrainingCLI(args=resolved)
+    command, *options = args
+    cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])
+    action = getattr(cli.trainer, command)
+    extra = {"return_predictions": False} if command == "predict" else {}
+    action(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **extra)
 
 
 def _resolve(args: Sequence[str], index: int) -> str:

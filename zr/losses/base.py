@@ -117,8 +117,11 @@ class ItemLoss(nn.Module, ABC):
 class PairLoss(nn.Module, ABC):
     """A loss of two items of one prompt, with G outputs each: G rollouts of a reasoning model, G = 1 for a direct one.
 
-    Calling it checks the arguments and the result; a new loss only writes :meth:`forward`.
+    Calling it checks the arguments and the result; a new loss only writes :meth:`forward`. One that can do with a preference
+    alone, without scores, sets ``needs_scores`` to False.
     """
+
+    needs_scores = True
 
     @abstractmethod
     def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
@@ -126,7 +129,7 @@ class PairLoss(nn.Module, ABC):
 
         Args:
             prediction: batch shape ``(..., 2, G)``.
-            target: ``(..., 2)``. A loss that needs scores calls :meth:`ScoreTarget.require_known`.
+            target: ``(..., 2)``, all known unless ``needs_scores`` is False.
 
         Returns:
             ``(...)``, not reduced.
@@ -139,6 +142,8 @@ class PairLoss(nn.Module, ABC):
             ValueError: shapes that do not fit, a value that is not one per pair.
         """
         check_pair(prediction, target.score)
+        if self.needs_scores:
+            target.require_known()
         value: Tensor = super().__call__(prediction, target)
         return check_shape(f"the value of {type(self).__name__}", value, prediction.batch_shape[:-2])
 

@@ -109,12 +109,13 @@ class GapLoss(PairLoss):
 
     def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
         """``(...)`` values against ``target.score``, all known; a preference alone has no distance."""
-        target.require_known()
         return gap_loss(prediction, target.score)
 
 
 class BradleyTerryLoss(PairLoss):
     """One value per pair, by :func:`bradley_terry_loss` on :func:`preference_share`; see there for shapes and units."""
+
+    needs_scores = False
 
     def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
         """``(...)`` values against ``target.preference``, and ``target.score`` where there is none."""

@@ -73,7 +73,8 @@ class ScoreTokenHead(Head):
         """``(B, D)`` probability that the next token is no label."""
         if not self.with_off_scale:
             return None
-        return 1 - self.output(features).float().softmax(-1)[..., self.label_ids].sum(-1)
+        probs: Tensor = self.output(features).float().softmax(-1)
+        return 1 - probs[..., self.label_ids].sum(-1)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

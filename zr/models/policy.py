@@ -95,7 +95,7 @@ class Policy(nn.Module):
         names = [dimensions[i] for i in rows.tolist()]
         index = torch.tensor([self.rubric.dimensions.index(name) for name in names])
         traces: list[list[int]] = [[] for _ in names]
-        for dimension in index.unique().tolist():  # suffixes of one dimension have one length: no row steps through a pad
+        for dimension in sorted(set(index.tolist())):  # suffixes of one dimension have one length: no row steps through a pad
             members = (index == dimension).nonzero().flatten()
             sampled = self._sample_one(prefix.fork(rows[members]), self.rubric.dimensions[dimension], rule)
             for member, trace in zip(members.tolist(), sampled, strict=True):
@@ -126,7 +126,7 @@ class Policy(nn.Module):
 
     def _next(self, hidden: Tensor, rule: SamplingRule) -> Tensor:
         prompts = self.backbone.prompts
-        logits = self.backbone.output(hidden).float()
+        logits: Tensor = self.backbone.output(hidden).float()
         logits[:, sorted((prompts.control_ids - {prompts.end_id}).union(rule.suppressed))] = -torch.inf
         if rule.temperature == 0:
             return logits.argmax(-1)

@@ -123,7 +123,8 @@ class RewardModel(nn.Module):
             "---\nlibrary_name: zr\ntags: [reward-model, text-to-image]\n---\n\n# A zr reward model\n\n"
             f"It answers with a distribution over the scores {bins} for each dimension:\n\n{dimensions}\n\n"
             "```python\nimport zr\n\nmodel = zr.load('THIS FOLDER')\n"
-            "scores = model(images=[image], prompts=['what the image should show'])\nscores.mean, scores.stddev, scores.probs\n```\n"
+            "scores = model(images=[image], prompts=['what the image should show'])\n"
+            "scores.mean, scores.stddev, scores.probs\n```\n"
         )
 
 

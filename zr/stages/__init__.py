@@ -1,11 +1,13 @@
 """The LightningModules, each the formula of its injected parts."""
 
+from zr.stages.callbacks import KeepBestModel, WriteDistributions
 from zr.stages.language import Language, ReasonThenScore, ScoreOnly, ScoreThenReason
 from zr.stages.scoring import ScoreMetrics, ScoringStage
 from zr.stages.supervised import Supervised
 from zr.stages.terms import Term, objective
 
 __all__ = [
+    "KeepBestModel",
     "Language",
     "ReasonThenScore",
     "ScoreMetrics",
@@ -14,5 +16,6 @@ __all__ = [
     "ScoringStage",
     "Supervised",
     "Term",
+    "WriteDistributions",
     "objective",
 ]

@@ -95,6 +95,7 @@ class Language(ScoringStage):
     Args:
         model: a reward model with a vision-language backbone and score-token head.
         answers: the forms to learn, by name.
+        dimensions: which dimensions to teach; None for all. A model that is short of time learns the hardest one first.
         optimizer: makes the optimiser.
         warmup: share of all steps in which the learning rate rises.
         decay: share of all steps, at the end, in which it falls to 0.
@@ -104,6 +105,7 @@ class Language(ScoringStage):
         self,
         model: RewardModel,
         answers: dict[str, Answer],
+        dimensions: list[str] | None = None,
         optimizer: OptimizerCallable = AdamW,
         warmup: float = 0.05,
         decay: float = 0.5,
@@ -112,6 +114,7 @@ class Language(ScoringStage):
         if not answers:
             raise ValueError("answers is empty: there is nothing to learn")
         self.answers = dict(answers)
+        self.taught = model.rubric.index(dimensions)
         own = model.backbone.prompts
         self.prompts = {n: own if a.rubric is None else own.reworded(a.rubric) for n, a in self.answers.items()}
         self.keep_plain_hyperparameters()
@@ -143,7 +146,8 @@ class Language(ScoringStage):
         known, texts = batch.known.tolist(), batch.texts
         rows, ids, targets = [], [], []
         for n in range(len(batch.prompts)):
-            for d, dimension in enumerate(self.model.rubric.dimensions):
+            for d in self.taught:
+                dimension = self.model.rubric.dimensions[d]
                 for name, answer in self.answers.items():
                     text = texts[n].get(dimension) if texts is not None else None
                     if known[n][d] and (text is not None or not answer.needs_text):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from zr.data import Batch
-from zr.metrics import HPA, ExpectedCalibrationError, RankedProbabilityScore, VotesNegativeLogLikelihood
+from zr.metrics import (
+    ExpectedCalibrationError,
+    RankedProbabilityScore,
+    VotesNegativeLogLikelihood,
+    hpa,
+    plcc,
+    srcc,
+)
 from zr.models import RewardModel
 from zr.rubric import Rubric
 from zr.scores import ScoreDistribution
@@ -20,66 +29,72 @@ from zr.scores import ScoreDistribution
 __all__ = ["ScoreMetrics", "ScoringStage"]
 
 
-class ScoreMetrics(nn.Module):
-    """The measures of one evaluation, per dimension and as their macro mean.
+class ScoreMetrics(Metric):
+    """The measures of one evaluation, per dimension and as their macro mean, by the same functions as the final tables.
+
+    Everything is kept until :meth:`compute`, a few numbers per image, so that several processes give exactly what one gives.
 
     Args:
-        rubric: names the dimensions.
+        rubric: names the dimensions and bins.
     """
+
+    full_state_update = False
+    mu: list[Tensor]
+    score: list[Tensor]
+    votes: list[Tensor]
+    logits: list[Tensor]
+    prompt: list[Tensor]
 
     def __init__(self, rubric: Rubric) -> None:
         super().__init__()
-        self.dimensions = rubric.dimensions
-        self.parts = nn.ModuleDict({name: _measures() for name in rubric.dimensions})
+        self.rubric = rubric
+        for name in ("mu", "score", "votes", "logits", "prompt"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, prediction: ScoreDistribution, batch: Batch) -> None:
         """Take in a batch; prediction has batch shape ``(N, D)``."""
-        for index, name in enumerate(self.dimensions):
-            known = batch.known[:, index]
-            if not bool(known.any()):
-                continue
-            parts, q = self.parts[name], prediction[known, index].detach()
-            score, votes = batch.scores[known, index], batch.votes[known, index]
-            for key in ("hpa", "margin_hpa"):
-                parts[key].update(q, score, batch.prompt_index[known])
-            for key in ("plcc", "srcc"):
-                parts[key].update(q.mean, score.to(q.mean))
-            for key in ("nll", "rps", "ece"):
-                parts[key].update(q, votes)
+        self.mu.append(prediction.mean.detach())
+        self.logits.append(prediction.logits.detach())
+        self.score.append(batch.scores)
+        self.votes.append(batch.votes)
+        records = [key.rsplit(".", 1)[0] for key in batch.keys]  # a record never crosses a process, its name does
+        numbers = [int.from_bytes(blake2b(record.encode(), digest_size=7).digest(), "big") for record in records]
+        self.prompt.append(torch.tensor(numbers, device=batch.scores.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``hpa``, ``margin_hpa``, ``plcc``, ``srcc``, ``nll``, ``rps``, ``ece``: ``NAME/DIMENSION``, and ``NAME`` the mean."""
-        found: dict[str, Tensor] = {}
-        for key in _measures():
-            values = []
-            for name in self.dimensions:
-                metric = self.parts[name][key]
-                if metric.update_called:
-                    found[f"{key}/{name}"] = metric.compute().float()
-                    values.append(found[f"{key}/{name}"])
-            if values:
-                found[key] = torch.stack(values).mean()
-        return found
+        """hpa, margin_hpa, plcc, srcc, nll, rps and ece: each as ``NAME/DIMENSION``, and their mean as ``NAME``."""
+        mu, score, votes = dim_zero_cat(self.mu), dim_zero_cat(self.score), dim_zero_cat(self.votes)
+        logits, prompt = dim_zero_cat(self.logits), dim_zero_cat(self.prompt)
+        found: dict[str, list[Tensor]] = {}
+        named: dict[str, Tensor] = {}
+        for index, dimension in enumerate(self.rubric.dimensions):
+            known = ~score[:, index].isnan()
+            if not bool(known.any()):
+                continue
+            x, y = mu[known, index].double().cpu().numpy(), score[known, index].double().cpu().numpy()
+            where = prompt[known].cpu().numpy()
+            values = {
+                "hpa": hpa(x, y, where),
+                "margin_hpa": hpa(x, y, where, margin=0.5),
+                "plcc": plcc(x, y),
+                "srcc": srcc(x, y),
+            }
+            for name, metric in _of_votes().items():
+                metric.update(ScoreDistribution(logits[known, index], self.rubric.bins), votes[known, index])
+                values[name] = metric.compute()
+            for name, value in values.items():
+                named[f"{name}/{dimension}"] = torch.as_tensor(float(value))
+                found.setdefault(name, []).append(named[f"{name}/{dimension}"])
+        return named | {name: torch.stack(values).mean() for name, values in found.items()}
 
-    def reset(self) -> None:
-        """Begin anew."""
-        for parts in self.parts.values():
-            for metric in parts.values():
-                metric.reset()
 
-
-def _measures() -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "hpa": HPA(),
-            "margin_hpa": HPA(margin=0.5),
-            "plcc": PearsonCorrCoef(),
-            "srcc": SpearmanCorrCoef(),
-            "nll": VotesNegativeLogLikelihood(),
-            "rps": RankedProbabilityScore(),
-            "ece": ExpectedCalibrationError(),
-        }
-    )
+def _of_votes() -> dict[str, Metric]:
+    """Metrics fed with what all processes gathered already, so they do not gather again."""
+    return {
+        "nll": VotesNegativeLogLikelihood(sync_on_compute=False),
+        "rps": RankedProbabilityScore(sync_on_compute=False),
+        "ece": ExpectedCalibrationError(sync_on_compute=False),
+    }
 
 
 class ScoringStage(L.LightningModule):
@@ -105,7 +120,7 @@ class ScoringStage(L.LightningModule):
         self.optimizer = optimizer
         self.warmup = warmup
         self.decay = decay
-        self.evaluations = nn.ModuleDict({"val": ScoreMetrics(model.rubric), "test": ScoreMetrics(model.rubric)})
+        self.measures = ScoreMetrics(model.rubric)
 
     def keep_plain_hyperparameters(self) -> None:
         """Remember the constructor's arguments that could stand in YAML; live objects are not for a checkpoint.
@@ -116,7 +131,6 @@ class ScoringStage(L.LightningModule):
         self.save_hyperparameters(logger=False)
         for name in [name for name, value in self.hparams.items() if not _plain(value)]:
             del self.hparams[name]
-        self._hparams_initial = {name: value for name, value in self._hparams_initial.items() if name in self.hparams}
 
     def forward(self, batch: Batch) -> ScoreDistribution:
         """Scores of a batch's images, batch shape ``(N, D)``."""
@@ -125,11 +139,11 @@ class ScoringStage(L.LightningModule):
 
     def validation_step(self, batch: Batch) -> None:
         """Measure a batch."""
-        self.evaluations["val"].update(self(batch), batch)
+        self.measures.update(self(batch), batch)
 
     def test_step(self, batch: Batch) -> None:
         """Measure a batch."""
-        self.evaluations["test"].update(self(batch), batch)
+        self.measures.update(self(batch), batch)
 
     def predict_step(self, batch: Batch) -> dict[str, Any]:
         """Keys ``N`` and ``probs (N, D, K)`` of a batch."""
@@ -143,7 +157,7 @@ class ScoringStage(L.LightningModule):
         """Log the measures under ``test/``."""
         self._log_measures("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimiser, and the schedule by steps."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         total = max(1, int(self.trainer.estimated_stepping_batches))
@@ -151,13 +165,11 @@ class ScoringStage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _log_measures(self, name: str) -> None:
-        evaluation = self.evaluations[name]
-        values = evaluation.compute()
-        evaluation.reset()
-        shown = {f"{name}/hpa", f"{name}/plcc"}
+        values = self.measures.compute()
+        self.measures.reset()
         for key, value in values.items():
-            # Metrics of torchmetrics are synchronised when they are computed, so every rank logs the same value.
-            self.log(f"{name}/{key}", value, prog_bar=f"{name}/{key}" in shown, rank_zero_only=True)
+            # Gathered from all processes when computed, so every rank logs the same value.
+            self.log(f"{name}/{key}", value, prog_bar=key in ("hpa", "plcc"))
 
 
 def _ramp(progress: float, step: float, warmup: float, decay: float) -> float:

@@ -60,7 +60,7 @@ class Term(nn.Module):
     def _items(loss: ItemLoss, prediction: ScoreDistribution, batch: Batch) -> Tensor:
         known = batch.known
         target = ScoreTarget(batch.scores[known], known[known], votes=batch.votes[known])
-        return loss(prediction[known], target) if len(target.score) else target.score
+        return loss(prediction[known], target) if len(target.score) else prediction.mean[:0, 0]
 
     @staticmethod
     def _pairs(loss: PairLoss, prediction: ScoreDistribution, batch: Batch) -> Tensor:
@@ -69,9 +69,12 @@ class Term(nn.Module):
                 f"{type(loss).__name__} compares images in pairs: give the data module a pair policy (pairs=AllPairs())"
             )
         dimension = batch.pair_dimension[:, None].expand(-1, 2)
-        known = batch.known[batch.pairs, dimension]
-        target = ScoreTarget(batch.scores[batch.pairs, dimension], known, preference=batch.preference)
-        return loss(prediction[batch.pairs, dimension, None], target) if len(batch.pairs) else batch.preference
+        target = ScoreTarget(
+            batch.scores[batch.pairs, dimension], batch.known[batch.pairs, dimension], preference=batch.preference
+        )
+        usable = target.known.all(-1) | (not loss.needs_scores)
+        pairs, dimension, target = batch.pairs[usable], dimension[usable], target[usable]
+        return loss(prediction[pairs, dimension][..., None], target) if len(pairs) else prediction.mean[:0, 0]
 
     @staticmethod
     def _distillation(loss: DistillationLoss, prediction: ScoreDistribution, batch: Batch) -> Tensor:
@@ -79,7 +82,7 @@ class Term(nn.Module):
             raise ValueError(f"{type(loss).__name__} needs a teacher's distributions: name the data module's labeller")
         given = batch.teacher.sum(-1) > 0
         teacher = ScoreDistribution(batch.teacher[given].log(), prediction.bins)
-        return loss(prediction[given], teacher) if bool(given.any()) else prediction.mean[given]
+        return loss(prediction[given], teacher) if bool(given.any()) else prediction.mean[:0, 0]
 
 
 def objective(terms: Mapping[str, Term], prediction: ScoreDistribution, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

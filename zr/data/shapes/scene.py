@@ -251,5 +251,5 @@ def _blur(image: Array, sigma: float = 1.3) -> Array:
     taps /= taps.sum()
     for axis in (0, 1):
         padded = np.pad(image, [(4, 4) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        image = sum(t * padded.take(range(i, i + SIZE), axis) for i, t in enumerate(taps))  # type: ignore[assignment]
+        image = sum(t * padded.take(range(i, i + SIZE), axis) for i, t in enumerate(taps))
     return image
