@@ -39,9 +39,7 @@ class TrainingCLI(LightningCLI):
         """Names that recipes refer to by interpolation."""
         parser.add_argument("--run", default="zr-run", help="the run's folder: logs, checkpoints, model; ${run} in a recipe")
         parser.add_argument("--folder", default="zr-data", help="the data's folder; ${folder} in a recipe")
-        parser.add_argument(
-            "--ckpt_path", default=None, type=str | None, help="a Lightning checkpoint, or `last`"
-        )
+        parser.add_argument("--ckpt_path", default=None, type=str | None, help="a Lightning checkpoint, or `last`")
         parser.add_argument("--start", default="", help="a saved model to start from; ${start} in a recipe")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

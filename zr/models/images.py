@@ -38,6 +38,8 @@ def as_image_lists(images: ImageInput, count: int) -> list[list[Tensor]]:
     """
     if images is None:
         return [[] for _ in range(count)]
+    if isinstance(images, Image.Image):
+        raise ValueError("images is one PIL image: give a list with one image, or one list of images, per prompt")
     if len(images) != count:
         raise ValueError(f"{len(images)} images for {count} prompts: give one image, or one list of images, per prompt")
     samples = [list(sample) if isinstance(sample, Sequence) else [sample] for sample in images]

@@ -85,12 +85,13 @@ class Policy(nn.Module):
             B * G rollouts, those of one row contiguous.
 
         Raises:
-            ValueError: a number of dimensions that is not the number of rows, G below 1.
+            ValueError: a number of dimensions that is not the number of rows, an unknown dimension, G below 1.
         """
         if len(dimensions) != len(prefix) or group_size < 1:
             raise ValueError(
                 f"{len(dimensions)} dimensions for {len(prefix)} rows, group size {group_size}: one each, and >= 1"
             )
+        self.rubric.index(list(dict.fromkeys(dimensions)))  # names an unknown one
         rows = torch.arange(len(prefix)).repeat_interleave(group_size)
         names = [dimensions[i] for i in rows.tolist()]
         index = torch.tensor([self.rubric.dimensions.index(name) for name in names])

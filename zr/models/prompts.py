@@ -87,11 +87,7 @@ class PromptBuilder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def reworded(self, rubric: Rubric) -> PromptBuilder:
-        """The same tokenizer under another wording."""
-        return PromptBuilder(self.tokenizer, rubric, self.image_token)
+        return str(self.tokenizer.decode([i for i in ids if i not in self.control_ids]))  # </think> is not flagged special
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -119,8 +115,9 @@ class PromptBuilder:
 
     def _single(self, text: str, field: str) -> int:
         ids = self._encode(text)
-        if len(ids) != 1:
-            raise ValueError(f"{field} {text!r} must be one token of this tokenizer, it is {len(ids)}: choose another")
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            tokens = self.tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(f"{field} {text!r} must be one known token of this tokenizer, it is {tokens}: choose another")
         return ids[0]
 
     def _labels(self) -> list[int]:

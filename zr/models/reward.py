@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from zr.models.backbones.vlm import VLMBackbone
 from zr.models.heads import Backbone, Head
@@ -26,6 +25,7 @@ from zr.version import __version__
 __all__ = ["ReasoningReward", "RewardModel", "Scorer", "compose", "load"]
 
 FORMAT = 1
+ABOUT = "reward.json"
 RUN_MODEL = "model"
 """Folder inside a run's folder in which the run keeps its best model."""
 
@@ -81,24 +81,40 @@ class RewardModel(nn.Module):
         """
         index = self.rubric.index(dimensions)
         names = [self.rubric.dimensions[i] for i in index]
-        features = self.backbone.features(images=images, prompts=list(prompts), dimensions=names)
+        features = self.backbone.features(images=images, prompts=prompts, dimensions=names)
         logits = self.head(features, torch.tensor(index, device=features.device))
         return ScoreDistribution(logits, self.rubric.bins, off_scale=self.head.off_scale(features))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder: the backbone in Hugging Face's layout, the head's safetensors, ``rubric.yaml``.
 
-        The folder appears whole or not at all; one that was there is replaced.
+        The folder appears whole or not at all; a model that was there is replaced.
+
+        Raises:
+            FileExistsError: a folder that holds something else, which would be lost.
         """
-        target = Path(folder)
+        target = Path(folder).resolve()
+        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / ABOUT).is_file()):
+            raise FileExistsError(f"{target} is there and holds no zr model: it would be lost, so choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        staging.chmod(0o755)
-        self.backbone.save_pretrained(staging / "backbone")
-        self.rubric.save(staging / "rubric.yaml")
-        kept = {name: tensor.contiguous() for name, tensor in self.head.state_dict().items() if not name.startswith("output.")}
+        try:
+            self._write(staging / "new")
+            if target.exists():
+                target.rename(staging / "old")
+            (staging / "new").rename(target)
+        finally:
+            if (staging / "old").exists() and not target.exists():
+                (staging / "old").rename(target)
+            shutil.rmtree(staging)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        self.backbone.save_pretrained(folder / "backbone")
+        self.backbone.rubric.save(folder / "rubric.yaml")  # the wording that its answers come from
+        kept = {name: tensor.detach().contiguous() for name, tensor in _own_tensors(self.head, self.backbone).items()}
         if kept:
-            save_file(kept, staging / "head.safetensors")
+            save_file(kept, folder / "head.safetensors")
         head, backbone = type(self.head), type(self.backbone)
         about = {
             "format": FORMAT,
@@ -108,13 +124,8 @@ class RewardModel(nn.Module):
             "head_config": self.head.config(),
             "scale_id": self.rubric.scale_id,
         }
-        (staging / "reward.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(self._card(), encoding="utf-8")
-        old = target.with_name(f".{target.name}-old-{os.getpid()}")
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
         dimensions = "\n".join(f"- {name}" for name in self.rubric.dimensions)
@@ -154,7 +165,7 @@ class ReasoningReward(nn.Module):
     def forward(self, images: ImageInput, prompts: Sequence[str], dimensions: Sequence[str] | None = None) -> ScoreDistribution:
         """Score images; see :class:`Scorer`. No gradient: the traces are sampled."""
         names = [self.rubric.dimensions[i] for i in self.rubric.index(dimensions)]
-        prefix = self.policy.backbone.encode(images, list(prompts))
+        prefix = self.policy.backbone.encode(images, prompts)
         rows = torch.arange(len(prompts)).repeat_interleave(len(names))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -178,47 +189,61 @@ def compose(backbone: Backbone, head: Callable[[Backbone], Head]) -> RewardModel
     return RewardModel(backbone, head(backbone), backbone.rubric)
 
 
-def load(source: str | Path, head: Head | None = None) -> RewardModel:
+def load(source: str | Path, head: Callable[..., Head] | None = None) -> RewardModel:
     """Load what ``save_pretrained`` wrote: a model's folder, or a run's folder that holds one.
 
     Args:
         source: the folder.
-        head: a head of your own class, with any weights; needed only where the folder names a class outside ``zr``.
+        head: your own class of heads; needed only where the folder names a class outside ``zr``. It is called as the saved
+            head was built: with the backbone and the keywords of its ``config()``.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: a file that is no safetensors, a newer format, weights that do not fit, a head class outside ``zr``.
+        ValueError: a file that is no safetensors, a newer format, a changed scale, weights that do not fit, a class outside
+            ``zr``.
     """
     folder = Path(source)
-    folder = next((f for f in (folder, folder / RUN_MODEL) if (f / "reward.json").is_file()), folder)
-    if not (folder / "reward.json").is_file():
-        raise FileNotFoundError(f"{source} holds no model: neither reward.json nor {RUN_MODEL}/reward.json is there")
+    folder = next((f for f in (folder, folder / RUN_MODEL) if (f / ABOUT).is_file()), folder)
+    if not (folder / ABOUT).is_file():
+        raise FileNotFoundError(f"{source} holds no model: neither {ABOUT} nor {RUN_MODEL}/{ABOUT} is there")
     pickles = [p.name for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
     if pickles:
         raise ValueError(f"{folder} holds {pickles[0]}, which could run code when loaded: only safetensors are read; remove it")
-    about = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this zr {__version__} reads format {FORMAT}")
     rubric = Rubric.load(folder / "rubric.yaml")
+    if rubric.scale_id != about["scale_id"]:
+        raise ValueError(f"{folder}/rubric.yaml has scale {rubric.scale_id}, the model learned scale {about['scale_id']}")
     backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", rubric)
-    if head is None:
-        head = _class(about["head"], folder)(backbone, **about["head_config"])
-    if (folder / "head.safetensors").is_file():
-        missing, unexpected = head.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
-        missing = [name for name in missing if not name.startswith("output.")]
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder}/head.safetensors does not fit {type(head).__name__}: missing {missing}, extra {unexpected}"
-            )
-    return RewardModel(backbone, head, rubric).eval()
+    built = (head or _class(about["head"], folder))(backbone, **about["head_config"])
+    own = _own_tensors(built, backbone)
+    saved = load_file(folder / "head.safetensors") if (folder / "head.safetensors").is_file() else {}
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (own, saved))
+    if shapes != found:
+        raise ValueError(f"{folder}/head.safetensors does not fit {type(built).__name__}: it needs {shapes}, there is {found}")
+    built.load_state_dict(saved, strict=False)
+    return RewardModel(backbone, built, rubric).eval()
+
+
+def _own_tensors(head: nn.Module, backbone: nn.Module) -> dict[str, Tensor]:
+    """The part of a head's state that is not the backbone's: its output layer, for one, is saved there."""
+    shared = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
+    return {name: tensor for name, tensor in head.state_dict(keep_vars=True).items() if id(tensor) not in shared}
 
 
 def _class(path: str, folder: Path) -> Any:
     """The class that a folder names, from this package only: a folder must not choose what gets imported."""
     module, _, name = path.partition(":")
     if not module.startswith("zr."):
-        raise ValueError(f"{folder} uses {path}, a class outside zr: build it yourself and pass it as load(..., head=...)")
-    return getattr(import_module(module), name)
+        raise ValueError(
+            f"{folder} uses {path}, a class outside zr, which a folder may not choose: pass a head as load(..., head={name}), "
+            "build a model with a backbone of your own by hand"
+        )
+    found = getattr(import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{folder} uses {path}, which is no part of a model")
+    return found
 
 
 def reasoning(model: RewardModel, rubric: Rubric, **options: Any) -> ReasoningReward:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from zr.data import Batch
-from zr.models import RewardModel
+from zr.models import RewardModel, VLMBackbone
 from zr.models.prompts import PromptBuilder
 from zr.rubric import Rubric
 from zr.stages.scoring import ScoringStage
@@ -99,6 +99,9 @@ class Language(ScoringStage):
         optimizer: makes the optimiser.
         warmup: share of all steps in which the learning rate rises.
         decay: share of all steps, at the end, in which it falls to 0.
+
+    Raises:
+        ValueError: no answer, an answer whose rubric has another scale.
     """
 
     def __init__(
@@ -115,8 +118,9 @@ class Language(ScoringStage):
             raise ValueError("answers is empty: there is nothing to learn")
         self.answers = dict(answers)
         self.taught = model.rubric.index(dimensions)
-        own = model.backbone.prompts
-        self.prompts = {n: own if a.rubric is None else own.reworded(a.rubric) for n, a in self.answers.items()}
+        own: VLMBackbone = model.backbone
+        worded = {n: own if a.rubric is None else own.reworded(a.rubric) for n, a in self.answers.items()}
+        self.prompts = {name: backbone.prompts for name, backbone in worded.items()}
         self.keep_plain_hyperparameters()
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -159,7 +163,7 @@ class Language(ScoringStage):
         return rows, ids, targets
 
 
-def _by_length(ids: Sequence[Sequence[int]], stretch: float = 1.4) -> list[list[int]]:
+def _by_length(ids: Sequence[Sequence[int]], stretch: float = 2.0) -> list[list[int]]:
     """Positions in groups of similar length, so that little of a batch is padding: the longest at most ``stretch`` times."""
     groups: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):

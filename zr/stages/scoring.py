@@ -116,7 +116,7 @@ class ScoringStage(L.LightningModule):
         super().__init__()
         if not (0 <= warmup <= 1 and 0 <= decay <= 1 and warmup + decay <= 1):
             raise ValueError(f"warmup and decay are shares of all steps whose sum is at most 1, got {warmup} and {decay}")
-        self.model = model
+        self.model = model.train()
         self.optimizer = optimizer
         self.warmup = warmup
         self.decay = decay

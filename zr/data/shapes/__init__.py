@@ -9,6 +9,7 @@ reads the same scores back from pixels, without learning.
 Everything is a function of a seed.
 """
 
+from zr.data.shapes.judge import Judge, Reading, judge, read
 from zr.data.shapes.lots import annotators, describe, imagine, prompts, records, rubric, scenes, vocabulary
 from zr.data.shapes.scene import (
     COLOURS,
@@ -35,6 +36,8 @@ __all__ = [
     "SEVERITY",
     "SHAPES",
     "STATES",
+    "Judge",
+    "Reading",
     "Scene",
     "Thing",
     "annotators",
@@ -42,7 +45,9 @@ __all__ = [
     "describe",
     "draw",
     "imagine",
+    "judge",
     "prompts",
+    "read",
     "read_prompt",
     "records",
     "rubric",

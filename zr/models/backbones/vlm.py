@@ -76,7 +76,12 @@ class VLMBackbone(nn.Module):
 
         Returns:
             A prefix of B rows.
+
+        Raises:
+            ValueError: one text instead of a list of prompts, no prompt, images that do not fit.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
         lists = as_image_lists(images, len(prompts))
         pixels, grids = self._patches(lists)
         ids = [self._prefix_ids(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
@@ -153,15 +158,18 @@ class VLMBackbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, rubric: Rubric, **model_options: Any) -> VLMBackbone:
-        """Load a model by name or directory; safetensors only, no remote code.
+        """Load a model by name or directory; safetensors only, and no remote code unless ``model_options`` say so.
 
         Args:
             source: hub name or directory.
             rubric: scale and wording.
             model_options: passed to ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``device_map``, ...).
         """
-        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **model_options)
-        processor = AutoProcessor.from_pretrained(source)
+        remote = model_options.pop("trust_remote_code", False)  # None would ask on the terminal
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=remote, **model_options
+        )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=remote)
         if get_tokenizer_config(source).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
             # transformers rebuilds some families' tokenizers by model type, which loses a word-level one: read what was saved
             processor.tokenizer = PreTrainedTokenizerFast.from_pretrained(source)

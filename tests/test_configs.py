@@ -1,0 +1,58 @@
+"""Every packaged recipe runs, its checkpoint reloads, and what it leaves loads with `zr.load`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zr
+from zr.commands.configs import _names, packaged
+from zr.commands.training import TrainingCLI, run
+from zr.data import shapes, write_shards
+
+RUBRIC = shapes.rubric()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data folder and an untrained model to start from."""
+    from zr.models import ScoreTokenHead, compose, tiny_qwen3_vl
+
+    folder = tmp_path_factory.mktemp("world")
+    for split in ("base", "train", "validation", "test"):
+        write_shards(shapes.records(split, 3, candidates=2), folder / "data", RUBRIC.scale, split=split)
+    compose(tiny_qwen3_vl(RUBRIC, shapes.vocabulary), ScoreTokenHead).save_pretrained(folder / "start")
+    return folder
+
+
+def test_there_are_recipes() -> None:
+    assert {"zr:look", "zr:base", "zr:supervised"} <= set(_names())
+
+
+@pytest.mark.parametrize("name", _names())
+def test_recipe_opens_with_its_command_and_runs(name: str, world: Path, tmp_path: Path) -> None:
+    first = packaged(name).read_text().splitlines()[0]
+    assert first.startswith("#")
+    assert f"zr fit --config {name}" in first
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
+    short = ["--trainer.max_steps=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    run(["fit", "--config", name, *places, *short, *quiet, "--trainer.enable_checkpointing=true"])
+    model = zr.load(tmp_path)
+    assert model.rubric.scale_id == RUBRIC.scale_id
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    config = ["--config", name, *places, *quiet]
+    stage_class = type(TrainingCLI("fit", [str(packaged(c)) if c == name else c for c in config]).model)
+    stage = stage_class.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    images, prompts = torch.rand(2, 3, 48, 48), [shapes.prompts("test")[0]] * 2
+    with torch.no_grad():
+        same = torch.equal(stage.model(images, prompts).mean, model(images, prompts).mean)
+    assert same, "the checkpoint and the kept model must be one: both are of the last step"
+
+
+def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path: Path) -> None:
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
+    cli = TrainingCLI("fit", ["--config", str(packaged("zr:supervised")), *places, "--model.terms.votes.weight=0.25"])
+    assert str(cli.datamodule.folder) == str(world / "data")
+    assert cli.model.terms["votes"].weight == 0.25
+    assert cli.trainer.default_root_dir == str(tmp_path)
