@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import zr
+from zr.commands.demo import CANDIDATES, PROMPTS
 from zr.commands.measuring import HeldOut, predict
 from zr.commands.training import run
 from zr.data import ScoreData, shapes, write_shards
@@ -31,7 +32,6 @@ from zr.metrics import compare
 from zr.models import Policy, SamplingRule
 from zr.models.reward import reasoning
 
-PROMPTS = {"base": 2500, "train": 150, "validation": 150, "test": 250}
 
 
 def main() -> None:
@@ -55,14 +55,16 @@ def one_seed(seed: int, folder: Path) -> dict[str, Any]:
     if not data.exists():
         with Timer(seconds, "data"):
             for split, count in PROMPTS.items():
-                write_shards(shapes.records(split, count, seed=seed), data, shapes.rubric().scale, split=split)
+                write_shards(shapes.records(split, count, CANDIDATES[split], seed=seed), data, shapes.rubric().scale, split=split)
     for name, start in (("look", None), ("base", "look"), ("supervised", "base")):
         if not (folder / name / "model").exists():
             options = ["--seed_everything", str(seed), "--folder", str(data), "--run", str(folder / name)]
             options += ["--start", str(folder / start)] if start else []
             with Timer(seconds, name):
                 run(["fit", "--config", f"zr:{name}", *options])
-    held_out = HeldOut(list(ScoreData(data, shapes.rubric(), batch_size=16).test_dataloader()), shapes.DIMENSIONS)
+    held_out = HeldOut(
+        list(ScoreData(data, shapes.rubric(), batch_size=16).test_dataloader()), shapes.DIMENSIONS, shapes.rubric().bins
+    )
     base, tuned = zr.load(folder / "base"), zr.load(folder / "supervised")
     reasoner = reasoning(base, shapes.rubric(reasoning=True), rule=SamplingRule(length=24), seed=seed)
     mu = {"ceiling": torch.tensor(true_scores(seed), dtype=torch.float64)}

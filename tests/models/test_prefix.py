@@ -22,11 +22,7 @@ def test_padding():
 
 def test_kind_of_prefix(backbone, pictures):
     prefix = backbone.encode(pictures, PROMPTS)
-    hybrid = (
-        "linear_attention" in backbone.model.config.text_config.layer_types
-        if hasattr(backbone.model.config.text_config, "layer_types")
-        else False
-    )
+    hybrid = backbone.model.config.model_type == "qwen3_5"
     assert isinstance(prefix, WholePrefix if hybrid else CachedPrefix)
     assert len(prefix) == 3
     assert len(prefix.fork(torch.tensor([2, 0, 0, 1]))) == 4

@@ -24,10 +24,12 @@ class HeldOut:
     Args:
         batches: of the data module, in order.
         dimensions: D names.
+        bins: K scores.
     """
 
     batches: list[Batch]
     dimensions: tuple[str, ...]
+    bins: tuple[float, ...]
 
     @property
     def scores(self) -> Tensor:

@@ -30,7 +30,7 @@ class SamplingRule:
     suppressed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.length < 1:
+        if not (self.temperature >= 0 and self.length >= 1):
             raise ValueError(f"a sampling rule needs temperature >= 0 and length >= 1, got {self}")
 
 
@@ -114,12 +114,12 @@ class Policy(nn.Module):
         traces: list[list[int]] = [[] for _ in range(len(prefix))]
         alive = list(range(len(prefix)))
         hidden, prefix = self.backbone.advance(prefix, [prompts.suffix_ids(dimension)] * len(prefix))
-        for _ in range(rule.length):
+        for step in range(rule.length):
             token = self._next(hidden[:, -1], rule)
             for i, t in zip(alive, token.tolist(), strict=True):
                 traces[i].append(t)
             going = (token != prompts.end_id).nonzero().flatten()
-            if not len(going):
+            if not len(going) or step + 1 == rule.length:
                 break
             alive = [alive[i] for i in going.tolist()]
             hidden, prefix = self.backbone.advance(prefix.fork(going), token[going, None].tolist())

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from zr.metrics import ReliabilityCurve
@@ -58,6 +59,7 @@ SETTINGS: dict[str, Any] = {
     "lines.linewidth": 1.6,
 }
 MANY = 1500  # points of a scatter from which they are drawn as pixels, to keep the file small
+LONGEST = 26  # letters of a scorer's name that fit beside its number; tables show all of them
 CHANCE = 0.5  # HPA of a scorer that knows nothing
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 TAGS = frozenset(
@@ -152,9 +154,10 @@ def scatter(
             )
             axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             axes.set(xlabel="annotators' score", ylabel="expected score")
-            axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
 
-        return Panel(_svg(draw, (3.1, 2.9)), dimensions[d], f"{len(of):,} images")
+        return Panel(_svg(draw, (2.5, 2.35)), dimensions[d], f"{len(of):,} images")
 
     caption = "One point per image. On the dashed line the model's expected score is the annotators'."
     return Figure("Expected score against the annotators' score", [panel(d) for d in range(len(dimensions))], caption)
@@ -180,13 +183,12 @@ def reliability_panels(curves: Mapping[str, ReliabilityCurve]) -> Figure:
         def draw(axes: Axes) -> None:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(4, 3))
             axes.vlines(confidence, confidence, share, color=SERIES[1], linewidth=1.2)
-            axes.plot(confidence, share, color=SERIES[0], linewidth=1.2)
-            axes.scatter(confidence, share, s=10 + 160 * weight, color=SERIES[0], zorder=3, linewidths=0)
+            axes.scatter(confidence, share, s=100 * weight + 4, color=SERIES[0], zorder=3, linewidths=0)
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
             axes.set(xlabel="probability of the top bin", ylabel="share of annotators")
             axes.set(xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
 
-        return Panel(_svg(draw, (3.1, 2.9)), name, f"ECE {_text(float(curve.error))}")
+        return Panel(_svg(draw, (2.5, 2.35)), name, f"ECE {_text(float(curve.error))}")
 
     caption = (
         "Images in groups of similar confidence; larger points hold more of them. Below the dashed line the model is surer than "
@@ -195,7 +197,7 @@ def reliability_panels(curves: Mapping[str, ReliabilityCurve]) -> Figure:
     return Figure("Reliability", [panel(name, curve) for name, curve in curves.items()], caption)
 
 
-def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], title: str = "Training") -> Figure:
+def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], title: str = "") -> Figure:
     """Values over steps, such as losses and validation measures.
 
     Args:
@@ -217,11 +219,13 @@ def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], ti
                 few = len(line) <= 20
                 axes.plot(line[:, 0], line[:, 1], "o-" if few else "-", markersize=3, color=_colour(index), label=plain(key))
             axes.set(xlabel="step")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
             if len(points) > 1:
                 axes.legend(loc="best")
 
         last = [line[-1, 1] for line in points.values() if len(line)]
-        return Panel(_svg(draw, (4.0, 2.5)), name, f"last {_text(last[0])}" if len(last) == 1 else "")
+        return Panel(_svg(draw, (3.0, 2.0)), name, f"last {_text(last[0])}" if len(last) == 1 else "")
 
     return Figure(title, [panel(name, series) for name, series in panels.items()])
 
@@ -252,24 +256,24 @@ def hpa_bars(
         def draw(axes: Axes) -> None:
             for index, (name, line) in enumerate(rows.items()):
                 row, colour = line[d], _colour(index)
-                axes.text(left, index - 0.36, plain(name), va="bottom", clip_on=True)
+                axes.text(left, index - 0.36, _short(plain(name)), va="bottom")
                 axes.text(1.0, index - 0.36, Estimate.of(row).value, va="bottom", ha="right", fontweight="bold")
+                axes.plot([CHANCE, CHANCE], [index - 0.32, index + 0.32], color=MUTED, linewidth=0.8)
+                if best is not None:
+                    axes.plot([best, best], [index - 0.32, index + 0.32], color=INK, linewidth=1.0, dashes=(2, 1.5))
                 if row["estimate"] is not None:
                     axes.barh(index, row["estimate"] - CHANCE, left=CHANCE, height=0.5, color=colour, linewidth=0)
                 if row["low"] is not None:
                     axes.plot([row["low"], row["high"]], [index, index], color=INK, linewidth=1.2, solid_capstyle="butt")
                     for end in (row["low"], row["high"]):
                         axes.plot([end, end], [index - 0.12, index + 0.12], color=INK, linewidth=1.2)
-            axes.axvline(CHANCE, color=MUTED, linewidth=0.8)
-            if best is not None:
-                axes.axvline(best, color=INK, linewidth=1.0, dashes=(2, 2))
             axes.set(xlim=(left - 0.005, 1.005), ylim=(len(rows) - 0.6, -0.8), yticks=[])
             axes.set_xticks(np.arange(np.ceil(left * 10), 11) / 10)
             axes.spines["left"].set_visible(False)
-            axes.grid(axis="y", visible=False)
+            axes.grid(visible=False)
 
         note = "" if best is None else f"ceiling {_text(best)}"
-        return Panel(_svg(draw, (3.4, 0.45 + 0.46 * len(rows))), dimensions[d], note)
+        return Panel(_svg(draw, (2.7, 0.4 + 0.44 * len(rows))), dimensions[d], note)
 
     levels = sorted({row["level"] for line in rows.values() for row in line})
     caption = (
@@ -287,6 +291,10 @@ def _colour(index: int) -> str:
 
 def _alpha(count: int) -> float:
     return float(np.clip(6 / np.sqrt(max(count, 1)), 0.25, 0.8))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def _text(number: float) -> str:

@@ -122,8 +122,10 @@ class VLMBackbone(nn.Module):
             ``(M, T, H)`` hidden states, and the prefix that now includes the suffixes.
 
         Raises:
-            ValueError: suffixes of different lengths.
+            ValueError: another number of suffixes than rows, suffixes of different lengths.
         """
+        if len(prefix) != len(suffix_ids):
+            raise ValueError(f"{len(suffix_ids)} suffixes for {len(prefix)} rows of the prefix: fork it first")
         if len({len(suffix) for suffix in suffix_ids}) != 1:
             raise ValueError(f"advance takes suffixes of one length, got lengths {sorted({len(s) for s in suffix_ids})}")
         if isinstance(prefix, CachedPrefix):
