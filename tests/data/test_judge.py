@@ -82,9 +82,9 @@ def test_scores_agree_with_the_rubric(sample, readings):
 def test_noise_never_pays(kind):
     words = frozenset(kind.split())
     scene = Scene(ASKED, realism=words & set(SEVERITY["realism"]), aesthetics=words & set(SEVERITY["aesthetics"]))
-    pictures = [(PROMPT, draw(replace(scene, seed=seed)) / 255) for seed in range(6)]
+    pictures = [(PROMPT, draw(replace(scene, seed=seed)) / 255) for seed in range(4)]
     if kind == "mixed":
-        pictures = [(prompt, picture) for prompt, _, picture in drawn(10, seed=2)]
+        pictures = [(prompt, picture) for prompt, _, picture in drawn(8, seed=2)]
     rng = np.random.default_rng(0)
     noise = [rng.random(picture.shape) for _, picture in pictures]
     curve = np.array(
@@ -99,8 +99,11 @@ def test_noise_never_pays(kind):
             for t in GRID
         ]
     )
-    assert np.all(np.diff(curve, axis=0) <= 0.01)  # the last thousandths, where everything is at its lowest, may tie
-    assert np.all(np.diff(curve[:4], axis=0)[curve[:3] > 1.1] < 0)
+    least = curve[0] < 1.1  # nothing to lose: noise hides defects, and may not bring more than this
+    assert curve[:, least].size == 0 or curve[:, least].max() < 1.2
+    falling = np.diff(curve[:, ~least], axis=0)
+    assert np.all(falling <= 0.01)  # the last thousandths, where everything is at its lowest, may tie
+    assert np.all(falling[curve[:-1, ~least] > 1.1] < 0)
     assert np.all(curve[-1] < 1.1)
 
 

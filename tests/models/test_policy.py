@@ -143,7 +143,7 @@ def test_frequencies(policy, temperature):
     observed, expected = observed[kept], expected[kept]
     assert chisquare(observed, expected).pvalue > 1e-3
     flat = torch.full_like(expected, count / len(expected))
-    assert chisquare(observed, flat).pvalue < 1e-6  # the test can fail
+    assert chisquare(observed, flat).pvalue < 1e-3  # the test can fail
 
 
 def test_seed_decides(policy, floats):

@@ -62,9 +62,7 @@ MANY = 1500  # points of a scatter from which they are drawn as pixels, to keep 
 LONGEST = 26  # letters of a scorer's name that fit beside its number; tables show all of them
 CHANCE = 0.5  # HPA of a scorer that knows nothing
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-TAGS = frozenset(
-    "svg title desc defs g path clipPath rect circle ellipse line polyline polygon text tspan use image".split()
-)
+TAGS = frozenset("svg title desc defs g path clipPath rect circle ellipse line polyline polygon text tspan use image".split())
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,11 @@ def scatter(
         raise ValueError(
             f"scatter needs mu, score and known of one shape (N, {len(dimensions)}), got {y.shape}, {x.shape}, {taken.shape}"
         )
-    seen = np.asarray(bins, np.float64) if bins is not None else np.concatenate([x[taken], y[taken], [0.0, 1.0][: not taken.any()]])
+    seen = (
+        np.asarray(bins, np.float64)
+        if bins is not None
+        else np.concatenate([x[taken], y[taken], [0.0, 1.0][: not taken.any()]])
+    )
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
     margin = 0.06 * (high - low or 1.0)
 
@@ -150,7 +152,14 @@ def scatter(
         def draw(axes: Axes) -> None:
             axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, dashes=(4, 3))
             axes.plot(
-                of, on, "o", color=SERIES[0], markersize=3.6, markeredgewidth=0, alpha=_alpha(len(of)), rasterized=len(of) > MANY
+                of,
+                on,
+                "o",
+                color=SERIES[0],
+                markersize=3.6,
+                markeredgewidth=0,
+                alpha=_alpha(len(of)),
+                rasterized=len(of) > MANY,
             )
             axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             axes.set(xlabel="annotators' score", ylabel="expected score")
@@ -341,5 +350,3 @@ def _themed(value: str, prefix: str) -> str:
     value = re.sub(r"^#(?![0-9a-f]{6}$)", f"#{prefix}-", value)
     value = re.sub(r"font-family: [^;]*;?\s*", "", value)
     return re.sub(r"#[0-9a-f]{6}\b", lambda found: THEME.get(found[0], found[0]), value)
-
-
