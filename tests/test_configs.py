@@ -1,5 +1,9 @@
 """Every packaged recipe runs, its checkpoint reloads, and what it leaves loads with `zr.load`."""
 
+import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,7 +39,7 @@ def test_recipe_opens_with_its_command_and_runs(name: str, world: Path, tmp_path
     assert first.startswith("#")
     assert f"zr fit --config {name}" in first
     places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
-    short = ["--trainer.max_steps=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
+    short = ["--trainer.max_steps=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     run(["fit", "--config", name, *places, *short, *quiet, "--trainer.enable_checkpointing=true"])
     model = zr.load(tmp_path)
@@ -56,3 +60,39 @@ def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path:
     assert str(cli.datamodule.folder) == str(world / "data")
     assert cli.model.terms["votes"].weight == 0.25
     assert cli.trainer.default_root_dir == str(tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("touched", "w"))
+
+
+def test_a_checkpoint_with_a_payload_is_refused(world: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Payload()}, "evil.ckpt")
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"evil\.ckpt holds more than tensors and plain values"):
+        run(["validate", "--config", "zr:supervised", *places, "--ckpt_path", "evil.ckpt"])
+    assert not Path("touched").exists()
+
+
+def test_wheel_carries_recipes_and_template_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(root)]
+    made = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+        wheel.extractall(tmp_path / "site")
+    for name in ("configs/supervised.yaml", "configs/rubrics/direct.yaml", "report/page.html", "py.typed"):
+        assert f"zr/{name}" in names
+    code = (
+        "import zr, zr.commands.configs as c; assert zr.__file__.startswith(SITE); "
+        "print(c.packaged('zr:supervised'), zr.Rubric.load('zr:reasoning').dimensions)"
+    ).replace("SITE", repr(str(tmp_path / "site")))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "alignment" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -60,12 +61,20 @@ def run(args: Sequence[str]) -> None:
 
     Args:
         args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; ``--config zr:NAME`` reads a packaged recipe.
+
+    Raises:
+        ValueError: a checkpoint that holds more than tensors and plain values; it is not loaded.
     """
     command, *options = args
     cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])
     action = getattr(cli.trainer, command)
     extra = {"return_predictions": False} if command == "predict" else {}
-    action(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **extra)
+    try:
+        action(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **extra)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"the checkpoint {cli.config.ckpt_path} holds more than tensors and plain values, which could run code: refused"
+        ) from error
 
 
 def _resolve(args: Sequence[str], index: int) -> str:

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from zr.metrics import ReliabilityCurve
-from zr.report.tables import Estimate
+from zr.report.tables import UNDEFINED, Estimate
 from zr.report.text import plain
 
 __all__ = ["Figure", "Panel", "curves", "hpa_bars", "reliability_panels", "scatter"]
@@ -35,8 +35,9 @@ THEME = {
 }
 """The colours that figures are drawn in, and the names under which a page may set others."""
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {  # some versions of matplotlib list every key in the type of their settings
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and coloured
+    "text.usetex": False,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
@@ -59,10 +60,11 @@ SETTINGS: dict[str, Any] = {
     "lines.linewidth": 1.6,
 }
 MANY = 1500  # points of a scatter from which they are drawn as pixels, to keep the file small
-LONGEST = 26  # letters of a scorer's name that fit beside its number; tables show all of them
+LONGEST = 26  # letters of a name that fit into a figure; tables show all of them
 CHANCE = 0.5  # HPA of a scorer that knows nothing
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-TAGS = frozenset("svg title desc defs g path clipPath rect circle ellipse line polyline polygon text tspan use image".split())
+TAGS = {"svg", "title", "desc", "defs", "clipPath", "g", "use", "image", "text", "tspan"}
+TAGS |= {"path", "rect", "circle", "ellipse", "line", "polyline", "polygon"}
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,8 @@ def scatter(
         raise ValueError(
             f"scatter needs mu, score and known of one shape (N, {len(dimensions)}), got {y.shape}, {x.shape}, {taken.shape}"
         )
-    seen = (
-        np.asarray(bins, np.float64)
-        if bins is not None
-        else np.concatenate([x[taken], y[taken], [0.0, 1.0][: not taken.any()]])
-    )
-    low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
+    ends = np.asarray(bins, np.float64) if bins is not None else np.concatenate([x[taken], y[taken]])
+    low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 1.0)
     margin = 0.06 * (high - low or 1.0)
 
     def panel(d: int) -> Panel:
@@ -151,16 +149,8 @@ def scatter(
 
         def draw(axes: Axes) -> None:
             axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, dashes=(4, 3))
-            axes.plot(
-                of,
-                on,
-                "o",
-                color=SERIES[0],
-                markersize=3.6,
-                markeredgewidth=0,
-                alpha=_alpha(len(of)),
-                rasterized=len(of) > MANY,
-            )
+            dots: Any = {"markersize": 3.6, "markeredgewidth": 0, "alpha": _alpha(len(of)), "rasterized": len(of) > MANY}
+            axes.plot(of, on, "o", color=SERIES[0], **dots)
             axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             axes.set(xlabel="annotators' score", ylabel="expected score")
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -200,8 +190,8 @@ def reliability_panels(curves: Mapping[str, ReliabilityCurve]) -> Figure:
         return Panel(_svg(draw, (2.5, 2.35)), name, f"ECE {_text(float(curve.error))}")
 
     caption = (
-        "Images in groups of similar confidence; larger points hold more of them. Below the dashed line the model is surer than "
-        "the annotators agree. ECE, the expected calibration error, is the weighted mean length of the vertical lines."
+        "Images in groups of similar confidence; larger points hold more of them. Below the dashed line the model is surer "
+        "than the annotators agree. ECE, the expected calibration error, is the weighted mean length of the vertical lines."
     )
     return Figure("Reliability", [panel(name, curve) for name, curve in curves.items()], caption)
 
@@ -225,8 +215,8 @@ def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], ti
 
         def draw(axes: Axes) -> None:
             for index, (key, line) in enumerate(points.items()):
-                few = len(line) <= 20
-                axes.plot(line[:, 0], line[:, 1], "o-" if few else "-", markersize=3, color=_colour(index), label=plain(key))
+                style = "o-" if len(line) <= 20 else "-"
+                axes.plot(line[:, 0], line[:, 1], style, markersize=3, color=_colour(index), label=_short(plain(key)))
             axes.set(xlabel="step")
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -307,7 +297,7 @@ def _short(name: str) -> str:
 
 
 def _text(number: float) -> str:
-    return "–" if np.isnan(number) else f"{number:.3f}"
+    return UNDEFINED if np.isnan(number) else f"{number:.3f}"
 
 
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:

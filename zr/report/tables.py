@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = ["MEASURES", "Estimate", "Table", "dimension_table", "scorer_table"]
 MEASURES: Mapping[str, str] = {"hpa": "HPA", "margin_hpa": "margin HPA", "plcc": "PLCC", "srcc": "SRCC"}
 """Measures of the tables, and how they are written."""
 
-UNDEFINED = "–"
+UNDEFINED = "–"  # noqa: RUF001 (a dash, as tables have it)
 OVERALL = "mean"
 
 
@@ -58,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts and estimates; the first column names the row.
+    r"""A table of texts and estimates; the first column names the row.
 
     Args:
         title: what it shows.
@@ -73,7 +73,7 @@ class Table:
         >>> print(Table("", ("scorer", "HPA"), [("a|b", Estimate("0.812", "[0.79, 0.83]"))]).markdown())
         | scorer | HPA |
         |:--|--:|
-        | a\\|b | 0.812 [0.79, 0.83] |
+        | a\|b | 0.812 [0.79, 0.83] |
     """
 
     title: str
@@ -121,7 +121,7 @@ def dimension_table(table: Mapping[str, Any], title: str = "", *, difference: bo
         |:--|--:|--:|--:|--:|--:|
         | realism | 1.000 [1.00, 1.00] | 1.000 [1.00, 1.00] | 1.000 [1.00, 1.00] | 1.000 [1.00, 1.00] | 2 |
     """
-    rows = [
+    rows: list[tuple[str | Estimate, ...]] = [
         (name, *(Estimate.of(line[key], difference) for key in MEASURES), f"{line['pairs']:,}")
         for name, line in _lines(table).items()
     ]
@@ -143,7 +143,9 @@ def scorer_table(tables: Mapping[str, Mapping[str, Any]], measure: str = "hpa", 
     columns = next((tuple(line) for line in lines.values()), ())
     if not columns or any(tuple(line) != columns for line in lines.values()):
         raise ValueError(f"scorer_table needs tables of the same dimensions, got {[list(line) for line in lines.values()]}")
-    rows = [(name, *(Estimate.of(line[column][measure]) for column in columns)) for name, line in lines.items()]
+    rows: list[tuple[str | Estimate, ...]] = [
+        (name, *(Estimate.of(line[column][measure]) for column in columns)) for name, line in lines.items()
+    ]
     return Table(title or MEASURES[measure], ("scorer", *columns), rows, _note(tables.values()))
 
 
@@ -153,7 +155,7 @@ def _lines(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return lines if len(lines) == 1 else {**lines, OVERALL: table["overall"]}
 
 
-def _note(tables: Any) -> str:
+def _note(tables: Iterable[Mapping[str, Any]]) -> str:
     levels = {line[key]["level"] for table in tables for line in _lines(table).values() for key in MEASURES}
     shares = " and ".join(f"{level:.0%}" for level in sorted(levels))
     return f"In brackets: {shares} intervals over resampled prompts."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from hashlib import blake2b
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins import HyperparametersMixin
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
@@ -128,9 +131,15 @@ class ScoringStage(L.LightningModule):
         From the command line these are all arguments, so ``load_from_checkpoint(path, weights_only=True)`` builds the stage
         again; in a notebook pass the parts once more: ``load_from_checkpoint(path, model=..., terms=...)``.
         """
-        self.save_hyperparameters(logger=False)
-        for name in [name for name, value in self.hparams.items() if not _plain(value)]:
-            del self.hparams[name]
+        try:
+            self.save_hyperparameters("_instantiator", logger=False)  # Lightning's own, where a configuration built the stage
+        except KeyError:
+            frame = inspect.currentframe()
+            given = collect_init_args(frame, [], classes=(HyperparametersMixin,))  # type: ignore[arg-type]
+            live = [name for arguments in given for name, value in arguments.items() if not _plain(value)]
+            self.save_hyperparameters(ignore=live, frame=frame, logger=False)  # left out before Lightning would copy them
+        else:
+            self.save_hyperparameters(logger=False)
 
     def forward(self, batch: Batch) -> ScoreDistribution:
         """Scores of a batch's images, batch shape ``(N, D)``."""

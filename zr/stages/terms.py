@@ -29,6 +29,8 @@ class Term(nn.Module):
 
     def __init__(self, loss: ItemLoss | PairLoss | DistillationLoss, weight: float = 1.0) -> None:
         super().__init__()
+        if not isinstance(loss, ItemLoss | PairLoss | DistillationLoss):
+            raise ValueError(f"a term takes an ItemLoss, PairLoss or DistillationLoss, got {type(loss).__name__}")
         if not weight >= 0:
             raise ValueError(f"the weight of a term must be at least 0, got {weight}")
         self.loss = loss

@@ -121,8 +121,8 @@ def read(pixels: ArrayLike) -> Reading:
     framed = _frame(image, valid, wall, floor)
     clash, room = _known_room(wall, floor)
 
-    belief, softness, shares = _match(image, valid, np.stack([wall, wall, floor, floor]), framed > 0.5)
     plan = _Plan(*room, horizon, framed > 0.5, things=(None,) * 4, shares=np.zeros((4, 3)))
+    belief, softness, shares = _match(image, valid, np.stack([wall, wall, floor, floor]), plan)
     best, next_best = belief.argsort(1)[:, :-3:-1].T
     plan, left = _settle(image, valid, plan.holding(best, shares), softness)
     if belief[range(4), next_best].max() > 1e-3:  # a second look
@@ -301,21 +301,22 @@ def _templates() -> list[_Templates]:
     return found
 
 
-def _match(image: Array, valid: Mask, grounds: Array, framed: bool) -> tuple[Array, int, Array]:
+def _match(image: Array, valid: Mask, grounds: Array, empty_room: _Plan) -> tuple[Array, int, Array]:
     """Compare every corner with every template at every softness.
 
     Args:
         image: ``(48, 48, 3)``.
         valid: pixels to look at.
         grounds: ``(4, 3)`` colour behind each slot.
-        framed: whether a frame hides the border.
+        empty_room: the picture without things; its middle has a say on the softness.
 
     Returns:
         ``(4, 49)`` probabilities of ``KINDS``, the softness that fits best, ``(49, 4, 3)`` best places of each kind.
     """
-    borders = [_soften(framed * _border()[..., None], softness) for softness in range(3)]
+    borders = [_soften(empty_room.framed * _border()[..., None], softness) for softness in range(3)]
     valid = valid & (np.max(borders, 0)[..., 0] < 0.8)
-    found = []
+    (centre,) = _cells([CENTRE])
+    room, found, totals = empty_room.render(weave=True), [], []
     for softness, border in enumerate(borders):
         bare = (image - border * FRAME) / (1 - border).clip(0.2)  # the picture without its frame
         weight = valid[..., None] * (1 - border) ** 2
@@ -331,7 +332,9 @@ def _match(image: Array, valid: Mask, grounds: Array, framed: bool) -> tuple[Arr
         size = t.paint_squared @ look + 2 * cross + (t.hole_squared @ look) * (behind**2).sum(0)
         errors = empty + (size - 2 * agree).reshape(len(THINGS), len(PLACES), 4)
         found.append((np.concatenate([empty[None], errors.min(1)]), errors.argmin(1)))
-    softness = int(np.argmin([left.min(0).sum() for left, _ in found]))
+        middle = ((image - _soften(room, softness))[centre] ** 2).sum(-1)[valid[centre]].sum()
+        totals.append(middle + found[-1][0].min(0).sum())
+    softness = int(np.argmin(totals))
     left, place = found[softness]
     return _believe(left.T), softness, PLACES[np.concatenate([place[:1], place])]
 
