@@ -24,7 +24,24 @@ from torch import Tensor
 
 from zr.data.shapes import scene as world
 from zr.data.shapes.lots import rubric
-from zr.data.shapes.scene import CELL, COLOURS, CORNERS, DIMENSIONS, MAIN, SEVERITY, SHAPES, SIZE, STATES, Array, Thing
+from zr.data.shapes.scene import (
+    BLOCKY,
+    CELL,
+    COLOURS,
+    CORNERS,
+    DARK,
+    DIMENSIONS,
+    MAIN,
+    SEVERITY,
+    SHAPES,
+    SIZE,
+    SPECKLE,
+    SPECKLED,
+    STATES,
+    TILT,
+    Array,
+    Thing,
+)
 from zr.scores import ScoreDistribution
 
 Mask = NDArray[np.bool_]
@@ -34,10 +51,8 @@ THINGS = tuple(Thing(colour, shape, state) for shape, state, colour in product(S
 KINDS: tuple[Thing | None, ...] = (None, *THINGS)
 """What a slot may hold: nothing, or one of 48 things."""
 
-SCRAP, FRAME, SPECKLE = np.array([0.36, 0.30, 0.22]), np.array([0.25, 0.12, 0.05]), 0.95
-DARK, SPECKLED, BLOCKY, WEAVE, TILT, SCRAPS = 0.35, 0.12, 0.6, 0.035, 0.2, 10.0
-"""What the world draws: light that a stripe takes, share of speckled pixels, weight of the blocks, height of the weave,
-least slope of a tilted horizon, least area in pixels of the scraps in a cell."""
+SCRAP, FRAME = np.array(world.SCRAP), np.array(world.FRAME)
+SCRAPS = 10.0  # least area in pixels of the scraps in a cell
 
 TOLERANCE = 0.10  # a pixel that differs by this much is half explained
 DOUBT = 0.1  # squared error, summed over a cell, that makes one kind e times less likely than another
@@ -144,7 +159,7 @@ def read(pixels: ArrayLike) -> Reading:
         "blurred": _ramp(blurred),
         "blocky": _ramp(blocky / BLOCKY),
         "framed": _ramp(framed, 0.15, 0.6),  # blur and blocks wash a frame out
-        "tilted": _ramp(abs(plan.horizon[1]) / TILT),
+        "tilted": _ramp(abs(plan.horizon[1]) / TILT[0]),
         "cluttered": clutter,
         "clashing": clash,
     }
@@ -195,7 +210,7 @@ def _measure_room(image: Array, valid: Mask) -> tuple[Array, Array, Array]:
     rows = (below * valid[cell]).sum(1) / valid[cell].sum(1).clip(1)  # what a speckle hides is taken from its row
     heights = 2 * CELL - 0.5 - np.where(valid[cell], below, rows[:, None]).sum(0)
     slope, level = np.polyfit(np.arange(CELL) + CELL - SIZE / 2, heights, 1)
-    return wall, floor, np.array([level, slope]).clip((18, -0.4), (30, 0.4))
+    return wall, floor, np.array([level, slope]).clip((18, -0.5), (30, 0.5))
 
 
 def _median(pixels: Array, valid: Mask) -> Array:
@@ -375,7 +390,7 @@ class _Plan:
         below = world._cover(self.horizon[0] + self.horizon[1] * (x - SIZE / 2) - y)
         image = self.wall + (self.floor - self.wall) * below[..., None]
         if weave:
-            image = image + WEAVE * (np.sin(2.1 * x) * np.sin(2.1 * y))[..., None]
+            image = image + world.weave()
         for slot, thing in enumerate(self.things):
             if thing is not None:
                 image = _put(image, thing, slot, self.shares[slot])
@@ -398,7 +413,7 @@ def _settle(image: Array, valid: Mask, plan: _Plan, softness: int, steps: int = 
         go = np.stack([_least(moves, image - now, valid, cell) for cell in _cells(CORNERS)])
         horizon = plan.horizon + _least(turns, image - now, valid, centre) @ tilts
         shares = (plan.shares + step * go).clip(0, 1)
-        plan = replace(plan, shares=shares, horizon=horizon.clip((18, -0.4), (30, 0.4)))
+        plan = replace(plan, shares=shares, horizon=horizon.clip((18, -0.5), (30, 0.5)))
     off = ((image - _soften(plan.render(weave=True), softness)) ** 2).sum(-1) * valid
     return plan, np.array([off[cell].sum() for cell in _cells(CORNERS)])
 

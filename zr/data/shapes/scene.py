@@ -51,6 +51,14 @@ FINE = {
 
 """What a careful viewer writes where a defect of the whole picture is absent."""
 
+DARK, SPECKLED, SPECKLE, BLOCKY = 0.35, 0.12, 0.95, 0.6
+"""Light that a stripe takes, share of speckled pixels and their brightness, weight of the blocks."""
+
+WEAVE, TILT = 0.055, (0.27, 0.33)
+"""Height of the faint weave that only a sharp picture keeps; slope of a tilted horizon."""
+
+FRAME, SCRAP = (0.25, 0.12, 0.05), (0.36, 0.30, 0.22)
+
 _WALLS = ((0.87, 0.86, 0.80), (0.80, 0.86, 0.88), (0.86, 0.82, 0.84))
 _FLOORS = ((0.74, 0.70, 0.62), (0.66, 0.71, 0.74), (0.72, 0.67, 0.70))
 _CLASHING = ((0.98, 0.25, 0.90), (0.70, 0.20, 0.98))
@@ -154,10 +162,9 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
     if "clashing" in scene.aesthetics:
         wall = np.array(_CLASHING[int(rng.integers(len(_CLASHING)))])
         floor = wall * 0.8
-    slope = float(rng.choice([-1, 1])) * rng.uniform(0.20, 0.26) if "tilted" in scene.aesthetics else 0.0
+    slope = float(rng.choice([-1, 1])) * rng.uniform(*TILT) if "tilted" in scene.aesthetics else 0.0
     horizon = 24 + rng.uniform(-0.5, 0.5) + slope * (x - SIZE / 2)
-    image = wall + (floor - wall) * _cover(horizon - y)[..., None]
-    image = image + 0.035 * (np.sin(2.1 * x) * np.sin(2.1 * y))[..., None]  # a faint weave, which only a sharp picture keeps
+    image = wall + (floor - wall) * _cover(horizon - y)[..., None] + weave()
     if "cluttered" in scene.aesthetics:
         image = _clutter(image, rng)
     for thing, corner in zip(scene.things, CORNERS, strict=True):
@@ -165,7 +172,7 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
             image = _place(image, thing, corner, rng)
     if "framed" in scene.aesthetics:
         edge = np.minimum.reduce([x, y, SIZE - 1 - x, SIZE - 1 - y])
-        image = _paint(image, _cover(edge - 1.6), (0.25, 0.12, 0.05))
+        image = _paint(image, _cover(edge - 1.6), FRAME)
     return (_degrade(image, scene.realism, rng).clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -173,6 +180,12 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 def _grid() -> tuple[Array, Array]:
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
     return y, x
+
+
+def weave() -> Array:
+    """``(48, 48, 1)``, the texture of the room, to be added to its colours."""
+    y, x = _grid()
+    return WEAVE * (np.sin(2.1 * x) * np.sin(2.1 * y))[..., None]
 
 
 def _cover(signed_distance: Array) -> Array:
@@ -228,7 +241,7 @@ def _clutter(image: Array, rng: np.random.Generator) -> Array:
             u = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
             v = (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
             scrap = np.maximum(abs(u) - rng.uniform(1.6, 2.6), abs(v) - 1.3)
-            image = _paint(image, _cover(scrap), (0.36, 0.30, 0.22))
+            image = _paint(image, _cover(scrap), SCRAP)
     return image
 
 
@@ -238,11 +251,11 @@ def _degrade(image: Array, realism: frozenset[str], rng: np.random.Generator) ->
         image = _blur(image)
     if "blocky" in realism:
         blocks = image.reshape(SIZE // 4, 4, SIZE // 4, 4, 3).mean((1, 3)).repeat(4, 0).repeat(4, 1)
-        image = 0.4 * image + 0.6 * blocks  # shapes stay readable, so that one defect does not hide another
+        image = (1 - BLOCKY) * image + BLOCKY * blocks  # shapes stay readable, so that one defect does not hide another
     if "speckled" in realism:
-        image = image + (0.95 - image) * (rng.random((SIZE, SIZE, 1)) < 0.12)
+        image = image + (SPECKLE - image) * (rng.random((SIZE, SIZE, 1)) < SPECKLED)
     if "striped" in realism:
-        image = image * (1 - 0.35 * ((y + rng.integers(4)) % 4 == 0))[..., None]
+        image = image * (1 - DARK * ((y + rng.integers(4)) % 4 == 0))[..., None]
     return image
 
 

@@ -1,0 +1,161 @@
+"""Measures of an evaluation against the functions of zr.metrics on everything at once; the schedule by hand."""
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+
+from zr.data import Batch, collate, shapes
+from zr.metrics import ExpectedCalibrationError, RankedProbabilityScore, VotesNegativeLogLikelihood, hpa, plcc, srcc
+from zr.scores import ScoreDistribution
+from zr.stages import ScoreMetrics, Supervised, WriteDistributions
+
+SCALE = shapes.rubric().scale
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Three batches; one dimension unknown in the first, one everywhere."""
+    records = list(shapes.records("test", count=6, candidates=4))
+    batches = [collate(records[i : i + 2], SCALE) for i in (0, 2, 4)]
+    for batch in batches:
+        forget(batch, slice(None), 2)
+    forget(batches[0], slice(None), 1)
+    forget(batches[1], slice(0, 3), 0)
+    return batches
+
+
+def forget(batch, rows, dimension):
+    batch.scores[rows, dimension] = math.nan
+    batch.known[rows, dimension] = False
+    batch.votes[rows, dimension] = 0
+
+
+def predictions(batches):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ScoreDistribution(torch.randn(len(batch.prompts), 4, 9, generator=generator).requires_grad_(), SCALE.bins)
+        for batch in batches
+    ]
+
+
+def test_measures_of_the_union(batches):
+    metrics = ScoreMetrics(shapes.rubric())
+    given = predictions(batches)
+    for prediction, batch in zip(given, batches, strict=True):
+        metrics.update(prediction, batch)
+    found = metrics.compute()
+    union = Batch.join(batches)
+    whole = ScoreDistribution(torch.cat([p.logits for p in given]), SCALE.bins).detach()
+    by_name = {}
+    for d in (0, 1, 3):
+        known = union.known[:, d]
+        mu, score = whole.mean[known, d].double().numpy(), union.scores[known, d].double().numpy()
+        prompt = union.prompt_index[known].numpy()  # numbered by join, not by name
+        expected = {
+            "hpa": hpa(mu, score, prompt),
+            "margin_hpa": hpa(mu, score, prompt, margin=0.5),
+            "plcc": plcc(mu, score),
+            "srcc": srcc(mu, score),
+        }
+        for name, metric in (
+            ("nll", VotesNegativeLogLikelihood()),
+            ("rps", RankedProbabilityScore()),
+            ("ece", ExpectedCalibrationError()),
+        ):
+            metric.update(whole[known, d], union.votes[known, d])
+            expected[name] = metric.compute()
+        for name, value in expected.items():
+            assert math.isclose(found[f"{name}/{SCALE.dimensions[d]}"].item(), float(value), rel_tol=1e-6), name
+            by_name.setdefault(name, []).append(float(value))
+    for name, values in by_name.items():
+        assert math.isclose(found[name].item(), sum(values) / 3, rel_tol=1e-6)
+    assert len(found) == 7 * 4  # the dimension that nobody scored is left out
+    metrics.reset()
+    metrics.update(given[2], batches[2])
+    assert metrics.compute()["hpa"] != found["hpa"]
+
+
+def test_order_and_split_of_batches_do_not_matter(batches):
+    given = predictions(batches)
+    joined, apart = ScoreMetrics(shapes.rubric()), ScoreMetrics(shapes.rubric())
+    joined.update(ScoreDistribution(torch.cat([p.logits for p in given]), SCALE.bins), Batch.join(batches))
+    for prediction, batch in reversed(list(zip(given, batches, strict=True))):
+        apart.update(prediction, batch)
+    expected, found = joined.compute(), apart.compute()
+    assert set(expected) == set(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_nothing_is_kept_with_a_graph(batches):
+    metrics = ScoreMetrics(shapes.rubric())
+    metrics.update(predictions(batches)[0], batches[0])
+    assert not any(t.requires_grad for name in ("mu", "logits") for t in getattr(metrics, name))
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "expected"),
+    [
+        (0.5, 0.5, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]),
+        (0.0, 0.0, [1] * 6),
+        (0.0, 1.0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ],
+)
+def test_schedule(parts, data, trainer, warmup, decay, expected):
+    rates = Rates()
+    stage = Supervised(**parts(), optimizer=lambda p: torch.optim.SGD(p, lr=0.01), warmup=warmup, decay=decay)
+    trainer(rates, limit_val_batches=0, enable_checkpointing=False).fit(stage, data())
+    torch.testing.assert_close(torch.tensor(rates.seen), 0.01 * torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(-0.1, 0.5), (0.6, 0.6), (0.0, 1.1), (math.nan, 0.5)])
+def test_shares_that_are_refused(parts, warmup, decay):
+    with pytest.raises(ValueError, match="warmup and decay are shares of all steps whose sum is at most 1"):
+        Supervised(**parts(), warmup=warmup, decay=decay)
+
+
+def test_a_frozen_part_gets_no_optimiser_state(parts, data, trainer):
+    given = parts()
+    given["model"].backbone.requires_grad_(False)
+    stage = Supervised(**given)
+    before = {name: p.clone() for name, p in stage.named_parameters()}
+    fitted = trainer(max_epochs=1, limit_val_batches=0, enable_checkpointing=False)
+    fitted.fit(stage, data())
+    assert sum(len(group["params"]) for group in fitted.optimizers[0].param_groups) == 2  # weight and bias of the head
+    moved = {name for name, p in stage.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"model.head.weight", "model.head.bias"}
+
+
+def test_validation_test_and_prediction(parts, data, trainer, tmp_path):
+    stage = Supervised(**parts())
+    path = tmp_path / "found" / "lines.jsonl"
+    runner = trainer(WriteDistributions(path))
+    (validated,) = runner.validate(stage, data(), verbose=False)
+    (tested,) = runner.test(stage, data(), verbose=False)
+    runner.predict(stage, data(), return_predictions=False)
+    metrics = ScoreMetrics(shapes.rubric())
+    lines = {}
+    for batch in data().test_dataloader():
+        with torch.no_grad():
+            prediction = stage(batch)
+        metrics.update(prediction, batch)
+        lines |= dict(zip(batch.keys, prediction.probs.tolist(), strict=True))
+    for name, value in metrics.compute().items():
+        assert math.isclose(tested[f"test/{name}"], value.item(), rel_tol=1e-5), name
+    assert set(validated) == {name.replace("test/", "val/") for name in tested}
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["key"] for line in written] == list(lines)
+    for line in written:
+        assert list(line["probs"]) == list(shapes.DIMENSIONS)
+        torch.testing.assert_close(torch.tensor(list(line["probs"].values())), torch.tensor(lines[line["key"]]))
