@@ -1,4 +1,7 @@
-"""The plain way, as an oracle, and models small enough for it: chats written by hand, one sequence at a time, no padding, no cache, no engine of ours."""
+"""An oracle: models as small as they come, and the plain way to run them.
+
+Chats written by hand, one sequence at a time, no padding, no cache, no engine of ours.
+"""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from plain import chat, forward
 
 from zr.data import shapes
 from zr.models import Head, LinearHead, RewardModel, ScoreTokenHead
-from zr.rubric import Rubric, Scale
+from zr.rubric import Rubric, Scale, Wording
 
 NAMES = list(shapes.DIMENSIONS)
 
@@ -97,9 +97,8 @@ def test_a_head_must_say_what_it_computes():
 
 
 def test_one_rubric_for_backbone_and_model(backbone):
-    other = Rubric(
-        Scale((1.0, 2.0), dict.fromkeys(NAMES, {})), shapes.rubric().wording.__class__("", dict.fromkeys(NAMES, ""), ("A", "B"))
-    )
+    wording = Wording("", dict.fromkeys(NAMES, ""), ("A", "B"))
+    other = Rubric(Scale((1.0, 2.0), {name: {} for name in NAMES}), wording)
     with pytest.raises(
         ValueError, match=r"the backbone was built for dimensions .* the rubric has .* \(1\.0, 2\.0\): use one rubric"
     ):

@@ -50,7 +50,7 @@ def test_advance_twice_then_extend(backbone, pictures):
     floats = [p / 255 for p in pictures]
     words = backbone.prompts.user_ids("missing right nothing shape colour ring square")
     hidden, prefix = backbone.advance(
-        backbone.encode(floats, PROMPTS[:2] + ["red"]), [backbone.prompts.suffix_ids("realism")] * 3
+        backbone.encode(floats, [*PROMPTS[:2], "red"]), [backbone.prompts.suffix_ids("realism")] * 3
     )
     first, prefix = backbone.advance(prefix, [[words[0]], [words[1]], [words[2]]])
     second, prefix = backbone.advance(prefix.fork(torch.tensor([2, 0])), [[words[3]], [words[4]]])

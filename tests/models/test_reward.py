@@ -211,7 +211,7 @@ def test_remote_code_is_never_run(backbone, tmp_path):
     load(tmp_path / "model")
     data = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(data | {"model_type": "unheard_of"}))
-    with pytest.raises(ValueError, match="unheard_of|trust_remote_code"):
+    with pytest.raises(ValueError, match=r"unheard_of|trust_remote_code"):
         load(tmp_path / "model")
     assert not (tmp_path / "executed").exists()
 

@@ -1,11 +1,13 @@
 """Features and their gradients against the plain Hugging Face forward on whole sequences."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
-from plain import chat, forward
+from plain import FAMILIES, build, chat, forward
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import to_pil_image
 
 from zr.data import shapes
@@ -131,6 +133,24 @@ def test_gradients(backbone, floats):
         error = (ours[name] - expected).norm()
         assert error <= 1e-4 * expected.norm() + 1e-6, (name, float(error), float(expected.norm()))
     assert all(ours[i].abs().sum() > 0 for i in range(len(pixels)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_with_activation_checkpointing(family, floats):
+    """Layers that recompute their activations keep no cache: the prefix must not be left without one."""
+    backbone = build(family).train()
+    expected = gradient_of(backbone, floats)
+    for module in backbone.model.modules():  # as transformers' own switch does, whose name changes between versions
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    torch.testing.assert_close(gradient_of(backbone, floats), expected, rtol=1e-4, atol=1e-6)
+
+
+def gradient_of(backbone, floats):
+    image = floats[1].clone().requires_grad_()
+    backbone.features([image, floats[0]], PROMPTS[:2], NAMES)[:, :, 0].sum().backward()
+    return image.grad
 
 
 def test_float_batch_keeps_its_gradient(backbone, floats):

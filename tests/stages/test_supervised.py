@@ -83,7 +83,8 @@ def test_checkpoint_of_the_shell(folder, batch, tmp_path, family):
     again = Supervised.load_from_checkpoint(path, weights_only=True)
     assert torch.equal(answers(again, batch), expected)
     assert again.terms["gap"].weight == 0.25
-    assert again.hparams["optimizer"]["init_args"]["lr"] == 0.003
+    remembered = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert remembered["optimizer"]["init_args"]["lr"] == 0.003
     assert again.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"] == 0.003
 
 

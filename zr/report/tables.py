@@ -98,7 +98,7 @@ class Table:
             title=Text(plain(self.title)) if self.title else None, caption=Text(plain(self.note)) if self.note else None
         )
         for index, name in enumerate(self.columns):
-            table.add_column(Text(plain(name)), justify="right" if index else "left", overflow="fold")
+            table.add_column(Text(plain(name)), justify="right" if index else "left", overflow="fold", no_wrap=not index)
         for row in self.rows:
             table.add_row(*(Text(plain(str(cell))) for cell in row))
         return table

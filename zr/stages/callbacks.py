@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 
 from zr.models.reward import RUN_MODEL
 from zr.stages.scoring import ScoringStage
@@ -66,7 +65,7 @@ class KeepBestModel(L.Callback):
             pl_module.model.save_pretrained(run_folder(trainer) / RUN_MODEL)
 
 
-class WriteDistributions(BasePredictionWriter):
+class WriteDistributions(L.Callback):
     """Writes what ``zr predict`` computes, one JSON line per image: its key and, per dimension, K probabilities.
 
     Args:
@@ -74,7 +73,6 @@ class WriteDistributions(BasePredictionWriter):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(write_interval="batch")
         self.path = Path(path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,23 +80,22 @@ class WriteDistributions(BasePredictionWriter):
         self._file(trainer).parent.mkdir(parents=True, exist_ok=True)
         self._file(trainer).write_text("", encoding="utf-8")
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Any,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Add a batch's lines."""
         if not isinstance(pl_module, ScoringStage):
             raise ValueError(f"WriteDistributions writes what reward models predict; {type(pl_module).__name__} has none")
         names = pl_module.model.rubric.dimensions
-        probs: torch.Tensor = prediction["probs"]
+        probs: torch.Tensor = outputs["probs"]
         with self._file(trainer).open("a", encoding="utf-8") as file:
-            for key, row in zip(prediction["keys"], probs.tolist(), strict=True):
+            for key, row in zip(outputs["keys"], probs.tolist(), strict=True):
                 file.write(json.dumps({"key": key, "probs": dict(zip(names, row, strict=True))}) + "\n")
 
     def _file(self, trainer: L.Trainer) -> Path:

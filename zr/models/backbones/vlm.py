@@ -86,7 +86,7 @@ class VLMBackbone(nn.Module):
         pixels, grids = self._patches(lists)
         ids = [self._prefix_ids(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
         whole = WholePrefix(ids, pixels, grids)
-        return self._cached(whole) if self._full_attention else whole
+        return self._cached(whole) if self._cacheable else whole
 
     def extend(self, prefix: Prefix, suffix_ids: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states of suffixes.
@@ -183,9 +183,11 @@ class VLMBackbone(nn.Module):
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     @property
-    def _full_attention(self) -> bool:
+    def _cacheable(self) -> bool:
         kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
-        return kinds is None or set(kinds) == {"full_attention"}
+        full = kinds is None or set(kinds) == {"full_attention"}
+        # Layers that recompute their activations give no cache.
+        return full and not any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
     def _prefix_ids(self, prompt: str, grid: Tensor | None) -> list[int]:
         sizes = [] if grid is None else (grid.prod(-1) // self.processor.image_processor.merge_size**2).tolist()
