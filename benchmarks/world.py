@@ -2,6 +2,7 @@
 
     python benchmarks/world.py                       three seeds
     python benchmarks/world.py --seeds 0             one
+    python benchmarks/world.py --picture FILE.png    no training: the picture of the world that the README shows
 
 Each seed is one `zr demo`: its own data, base model and supervised model, measured on 250 held-out prompts (1000 images).
 Zero-shot and supervised answer with one token; "reasoning" is the base model's score after one sampled trace; "perception" is
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 import zr
@@ -33,7 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/world"))
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
+    if arguments.picture:
+        draw_world(arguments.picture)
+        return
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     results: dict[str, Any] = {"zr": zr.__version__, "machine": machine, "seeds": {}}
     console = Console(width=170)
@@ -61,6 +67,23 @@ def perception(policy: Policy, seed: int, prompts: int = 60) -> dict[str, float]
             for text, scene in zip(written, scenes, strict=True):
                 exact[name].append(text.split() == shapes.describe(scene, prompt)[name].replace(",", " ,").split())
     return {name: float(np.mean(values)) for name, values in exact.items()}
+
+
+def draw_world(path: Path, enlarge: int = 3) -> None:
+    """Each defect alone, then candidates of three prompts as they are drawn by lot."""
+    prompt = shapes.prompts("train")[2]
+    things = tuple(shapes.Thing(colour, shape) for colour, shape in shapes.read_prompt(prompt))
+    alone = [shapes.Scene(things)]
+    alone += [shapes.Scene(things, realism=frozenset({name})) for name in shapes.SEVERITY["realism"]]
+    alone += [shapes.Scene(things, aesthetics=frozenset({name})) for name in shapes.SEVERITY["aesthetics"]]
+    alone += [
+        shapes.Scene(tuple(shapes.Thing(t.colour, t.shape, state) for t in things)) for state in shapes.SEVERITY["plausibility"]
+    ]
+    drawn = [scene for _, several in shapes.scenes("train", 3, candidates=8) for scene in several]
+    pictures = [np.pad(shapes.draw(scene), ((1, 1), (1, 1), (0, 0)), constant_values=255) for scene in [*alone, *drawn]]
+    rows = [np.concatenate(pictures[i : i + 12], axis=1) for i in range(0, 36, 12)]
+    image = Image.fromarray(np.concatenate(rows))
+    image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.BICUBIC).save(path, optimize=True)
 
 
 def world_table(found: dict[str, Any], title: str) -> Table:

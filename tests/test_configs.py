@@ -39,7 +39,12 @@ def test_recipe_opens_with_its_command_and_runs(name: str, world: Path, tmp_path
     assert first.startswith("#")
     assert f"zr fit --config {name}" in first
     places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
-    short = ["--trainer.max_steps=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1"]
+    short = [
+        "--trainer.max_steps=2",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.log_every_n_steps=1",
+    ]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     run(["fit", "--config", name, *places, *short, *quiet, "--trainer.enable_checkpointing=true"])
     model = zr.load(tmp_path)

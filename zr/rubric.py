@@ -94,7 +94,8 @@ class Wording:
         labels: one token per bin, in the order of the bins.
         template: arguments for the chat template, such as ``enable_thinking``.
         end: the one token that ends a trace.
-        marker: text that stands between the (empty or written) trace and the label; always appended, never sampled.
+        marker: text that stands between the (empty or written) trace and the label; always appended, never sampled. It ends
+            without a space: most tokenizers write the space and the label as one token.
     """
 
     system: str
@@ -102,7 +103,7 @@ class Wording:
     labels: tuple[str, ...]
     template: Mapping[str, Any] = field(default_factory=dict)
     end: str = "</think>"
-    marker: str = "\n\nScore: "
+    marker: str = "\n\nScore:"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))

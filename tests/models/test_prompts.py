@@ -136,20 +136,20 @@ def test_byte_level_rendered_by_hand(bpe, name, text):
     )
     ids = prompts.prefix_ids(text, images=2) + prompts.suffix_ids("realism")
     assert bpe.decode(ids) == question
-    assert prompts.text("realism", text, images=2) == question + "\n\nScore: "
+    assert prompts.text("realism", text, images=2) == question + "\n\nScore:"
     for token in CONTROL + ADDED:  # as often as the template alone says
         count = question.replace(text, "").count(token)
         assert ids.count(bpe.convert_tokens_to_ids(token)) == count, token
-    assert [bpe.decode([i]) for i in prompts.label_ids] == list("ABCDEFGHI")
+    assert [bpe.decode([i]) for i in prompts.label_ids] == [f" {letter}" for letter in "ABCDEFGHI"]
+    for label, i in zip(rubric.wording.labels, prompts.label_ids, strict=True):  # as the tokenizer writes it by itself
+        assert bpe.encode(f"\n\nScore: {label}", add_special_tokens=False) == [*prompts.marker_ids, i]
 
 
-def test_label_with_its_space(bpe):
-    """A marker without a space at its end and labels that bring it: the way a byte-level tokenizer writes them."""
+def test_marker_that_ends_in_a_space(bpe):
+    """The label then stands alone, which byte-level tokenizers allow and rarely write."""
     rubric = Rubric.load("zr:direct")
-    wording = replace(rubric.wording, marker="\n\nScore:", labels=tuple(f" {label}" for label in rubric.wording.labels))
-    prompts = PromptBuilder(bpe, Rubric(rubric.scale, wording), "<|image_pad|>")
-    for label, i in zip(wording.labels, prompts.label_ids, strict=True):
-        assert bpe.encode(f"\n\nScore:{label}", add_special_tokens=False) == [*prompts.marker_ids, i]
+    prompts = PromptBuilder(bpe, Rubric(rubric.scale, replace(rubric.wording, marker="\n\nScore: ")), "<|image_pad|>")
+    assert [bpe.decode([i]) for i in prompts.label_ids] == list("ABCDEFGHI")
 
 
 def test_tokenizer_that_obeys_anyway():
@@ -178,7 +178,10 @@ LETTERS = tuple("ABCDEFGHI")
     [
         ({"labels": ("A B", *LETTERS[1:])}, r"wording\.labels: 'A B' must be one known token of .*, it is \['A', 'B'\]"),
         ({"labels": ("never", *LETTERS[1:])}, r"wording\.labels: 'never' must be one known token of .*, it is \['\[UNK\]'\]"),
-        ({"labels": ("never", *LETTERS[1:]), "marker": "judge:"}, r"wording\.labels must be different known.*'never' -> 1"),
+        (
+            {"labels": ("never", *LETTERS[1:]), "marker": "judge:"},
+            r"wording\.labels: 'never' must be one known token of .*, it is \['\[UNK\]'\]",
+        ),
         ({"labels": ("red", " red", *LETTERS[2:])}, r"wording\.labels must be different.*'red' -> (\d+), ' red' -> \1"),
         ({"end": "stop here"}, r"wording\.end 'stop here' must be one known token of this tokenizer, it is \[.*, .*\]"),
         ({"end": ""}, r"wording\.end '' must be one known token of this tokenizer, it is \[\]"),

@@ -118,5 +118,5 @@ def test_errors(model, batch):
     with pytest.raises(ValueError, match="another wording must keep the scale"):
         Language(model, {"reason": ReasonThenScore(shapes.rubric(["realism"], reasoning=True))})
     empty = collate(list(shapes.records("unlabelled", count=1, candidates=2)), shapes.rubric().scale)
-    with pytest.raises(ValueError, match=r"a batch \(unlabelled-00000\.c0, \.\.\.\) .* nothing to learn from"):
+    with pytest.raises(ValueError, match=r"a batch \(unlabelled-00000\.c0, \.\.\.\) has nothing to learn"):
         stage(model, ScoreOnly()).training_step(empty)

@@ -177,6 +177,12 @@ def test_objective_of_a_batch(parts, data):
     assert set(logged) == {"train/loss", "train/votes", "train/gap"}
 
 
+def test_a_loaded_model_trains(parts):
+    given = parts()
+    given["model"].eval()  # as zr.load gives it; Lightning would leave it so, and warn
+    assert all(module.training for module in Supervised(**given).modules())
+
+
 def test_it_learns(data, parts, trainer):
     stage = Supervised(**parts(), optimizer=ADAM)
     batches = list(data().train_dataloader())

@@ -121,18 +121,19 @@ class PromptBuilder:
         return ids[0]
 
     def _labels(self) -> list[int]:
-        """One id per label, as the tokenizer writes it after the marker."""
-        marker, found = self.rubric.wording.marker, []
+        """One id per label, as the tokenizer writes it after the marker and a space (unless the marker ends in one)."""
+        marker, unknown = self.rubric.wording.marker, self.tokenizer.unk_token_id
+        found: list[int] = []
+        space = "" if not marker or marker[-1].isspace() else " "
         for label in self.rubric.wording.labels:
-            ids = self._encode(marker + label)
-            if len(ids) == len(self.marker_ids) + 1 and ids[:-1] == self.marker_ids:
+            ids = self._encode(marker + space + label)
+            if len(ids) == len(self.marker_ids) + 1 and ids[:-1] == self.marker_ids and ids[-1] != unknown:
                 found.append(ids[-1])
             else:
                 found.append(self._single(label, "wording.labels:"))
-        unknown = self.tokenizer.unk_token_id
-        if len(set(found)) != len(found) or unknown in found:
+        if len(set(found)) != len(found):
             pairs = ", ".join(f"{label!r} -> {i}" for label, i in zip(self.rubric.wording.labels, found, strict=True))
-            raise ValueError(f"wording.labels must be different known tokens of this tokenizer: {pairs}")
+            raise ValueError(f"wording.labels must be different tokens of this tokenizer: {pairs}")
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class KeepBestModel(L.Callback):
         """Keep the model if it is the best so far.
 
         Raises:
-            ValueError: the measure was not logged.
+            ValueError: the measure was not logged, or is NaN.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -41,6 +42,8 @@ class KeepBestModel(L.Callback):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ValueError(f"KeepBestModel monitors {self.monitor!r}, but the stage logged {logged}")
         value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            raise ValueError(f"{self.monitor} is NaN: the validation split has too little to measure it; add annotated pairs")
         if value > self.best:
             self.best = value
             self._save(trainer, pl_module)

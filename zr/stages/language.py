@@ -127,7 +127,10 @@ class Language(ScoringStage):
         """Cross-entropy per target token, over all answers of a batch."""
         rows, ids, targets = self._answers(batch)
         if not rows:
-            raise ValueError(f"a batch ({batch.keys[0]}, ...) has neither scores nor texts: nothing to learn from it")
+            raise ValueError(
+                f"a batch ({batch.keys[0]}, ...) has nothing to learn: an answer needs a known score, and a text where it is "
+                "written; train on a split that has both"
+            )
         prefix = self.model.backbone.encode(batch.images, batch.prompts)
         total, count = torch.zeros((), device=self.device), 0
         for group in _by_length(ids):

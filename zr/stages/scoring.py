@@ -65,7 +65,10 @@ class ScoreMetrics(Metric):
         self.prompt.append(torch.tensor(numbers, device=batch.scores.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """hpa, margin_hpa, plcc, srcc, nll, rps and ece: each as ``NAME/DIMENSION``, and their mean as ``NAME``."""
+        """hpa, margin_hpa, plcc, srcc, nll, rps and ece: each as ``NAME/DIMENSION``, and their mean as ``NAME``.
+
+        A measure that is not defined in a dimension (no pair, a constant) is NaN there and left out of the mean.
+        """
         mu, score, votes = dim_zero_cat(self.mu), dim_zero_cat(self.score), dim_zero_cat(self.votes)
         logits, prompt = dim_zero_cat(self.logits), dim_zero_cat(self.prompt)
         found: dict[str, list[Tensor]] = {}
@@ -88,7 +91,7 @@ class ScoreMetrics(Metric):
             for name, value in values.items():
                 named[f"{name}/{dimension}"] = torch.as_tensor(float(value))
                 found.setdefault(name, []).append(named[f"{name}/{dimension}"])
-        return named | {name: torch.stack(values).mean() for name, values in found.items()}
+        return named | {name: torch.stack(values).nanmean() for name, values in found.items()}
 
 
 def _of_votes() -> dict[str, Metric]:
