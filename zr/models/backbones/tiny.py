@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -68,28 +69,14 @@ def tiny_qwen3_vl(
         >>> backbone.features(torch.rand(2, 3, 48, 48), [shapes.prompts("train")[0]] * 2, ["realism"]).shape
         torch.Size([2, 1, 96])
     """
-    tokenizer = word_tokenizer(rubric, vocabulary())
-    ids = _control_ids(tokenizer)
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": hidden_size // 4,
-            "max_position_embeddings": 1024,
-            "initializer_range": INITIAL,
-            "rope_parameters": _rope(hidden_size // 8),
-        },
-        vision_config=_vision(vision_size, vision_layers, hidden_size) | {"deepstack_visual_indexes": [0]},
-        tie_word_embeddings=True,
-        **ids,
+    return _tiny(
+        (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+        word_tokenizer(rubric, vocabulary()),
+        rubric,
+        text={"hidden_size": hidden_size, "num_hidden_layers": layers, "num_key_value_heads": 4},
+        vision={"hidden_size": vision_size, "depth": vision_layers, "deepstack_visual_indexes": [0]},
+        seed=seed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VLMBackbone(Qwen3VLForConditionalGeneration(config), _processor(tokenizer), rubric)
 
 
 def tiny_qwen3_5(
@@ -112,32 +99,21 @@ def tiny_qwen3_5(
         vision_layers: its depth.
         seed: of the initial weights.
     """
-    tokenizer = word_tokenizer(rubric, vocabulary())
-    ids = _control_ids(tokenizer)
-    config = Qwen3_5Config(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": hidden_size // 4,
-            "linear_key_head_dim": hidden_size // 4,
-            "linear_value_head_dim": hidden_size // 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "max_position_embeddings": 1024,
-            "initializer_range": INITIAL,
-            "rope_parameters": _rope(hidden_size // 8) | {"partial_rotary_factor": 1.0},
-        },
-        vision_config=_vision(vision_size, vision_layers, hidden_size),
-        tie_word_embeddings=True,
-        **ids,
+    head = hidden_size // 4
+    linear = {
+        "linear_key_head_dim": head,
+        "linear_value_head_dim": head,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    return _tiny(
+        (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+        word_tokenizer(rubric, vocabulary()),
+        rubric,
+        text={"hidden_size": hidden_size, "num_hidden_layers": layers, "num_key_value_heads": 2, **linear},
+        vision={"hidden_size": vision_size, "depth": vision_layers},
+        seed=seed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VLMBackbone(Qwen3_5ForConditionalGeneration(config), _processor(tokenizer), rubric)
 
 
 INITIAL = 0.08
@@ -173,39 +149,59 @@ def word_tokenizer(rubric: Rubric, vocabulary: Sequence[str]) -> PreTrainedToken
     )
 
 
-def _control_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    names = {
+def _tiny(
+    family: tuple[Any, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    rubric: Rubric,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    seed: int,
+) -> VLMBackbone:
+    """A model of a family (its config and model classes) with what both families share filled in."""
+    width = text["hidden_size"]
+    half, side = width // 8, width // 32
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "mrope_section": [half - 2 * side, side, side],
+        "mrope_interleaved": True,
+    }
+    control = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
     }
-    return {key: int(tokenizer.convert_tokens_to_ids(token)) for key, token in names.items()}
-
-
-def _rope(half: int) -> dict[str, object]:
-    side = half // 4
-    return {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [half - 2 * side, side, side],
-        "mrope_interleaved": True,
-    }
-
-
-def _vision(size: int, depth: int, out: int) -> dict[str, object]:
-    return {
-        "depth": depth,
-        "hidden_size": size,
-        "intermediate_size": 2 * size,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 1,
-        "out_hidden_size": out,
-        "num_position_embeddings": 36,
-        "initializer_range": INITIAL,
-    }
+    config_class, model_class = family
+    config = config_class(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "intermediate_size": 2 * width,
+            "num_attention_heads": 4,
+            "head_dim": width // 4,
+            "max_position_embeddings": 1024,
+            "initializer_range": INITIAL,
+            "rope_parameters": rope,
+            **text,
+        },
+        vision_config={
+            "intermediate_size": 2 * vision["hidden_size"],
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 1,
+            "out_hidden_size": width,
+            "num_position_embeddings": 36,
+            "initializer_range": INITIAL,
+            **vision,
+        },
+        tie_word_embeddings=True,
+        **{name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in control.items()},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VLMBackbone(model_class(config), _processor(tokenizer), rubric)
 
 
 def _processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
