@@ -1,5 +1,6 @@
 """Every packaged recipe runs, its checkpoint reloads, and what it leaves loads with `zr.load`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,42 @@ def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path:
     assert str(cli.datamodule.folder) == str(world / "data")
     assert cli.model.terms["votes"].weight == 0.25
     assert cli.trainer.default_root_dir == str(tmp_path)
+
+
+MIX = """
+model:
+  init_args:
+    terms:
+      votes: {class_path: zr.stages.Term, init_args: {loss: {class_path: zr.losses.VotesRankedProbabilityLoss}, weight: 0}}
+      regression: {class_path: zr.stages.Term, init_args: {loss: {class_path: zr.losses.SquaredExpectationLoss}}}
+      gap: {class_path: zr.stages.Term, init_args: {loss: {class_path: zr.losses.GapLoss}, weight: 0.5}}
+      order: {class_path: zr.stages.Term, init_args: {loss: {class_path: zr.losses.BradleyTerryLoss}, weight: 0.1}}
+data:
+  init_args:
+    pairs: {class_path: zr.data.AllPairs}
+trainer:
+  max_epochs: 1
+  callbacks:
+    - class_path: zr.stages.KeepBestModel
+    - class_path: zr.stages.WriteDistributions
+      init_args: {path: "${run}/distributions.jsonl"}
+"""
+
+
+def test_a_mix_of_losses_is_a_second_file_and_every_command_runs(world: Path, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(MIX)
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path / "run")]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]
+    for command in ("fit", "validate", "test", "predict"):
+        run([command, "--config", "zr:supervised", "--config", str(mix), *places, *quiet])
+    logs = [file.read_text().splitlines()[0] for file in sorted((tmp_path / "run").rglob("metrics.csv"))]
+    for name in ("train/regression", "train/gap", "train/order", "val/hpa", "test/hpa", "test/srcc/realism"):
+        assert any(name in line.split(",") for line in logs), (name, logs)
+    assert not any("train/votes" in line for line in logs)  # a weight of 0 is not computed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "distributions.jsonl").read_text().splitlines()]
+    assert len(lines) == 6  # three prompts, two images each
+    assert all(sum(probs) == pytest.approx(1.0, abs=1e-5) for line in lines for probs in line["probs"].values())
 
 
 class Payload:

@@ -227,7 +227,7 @@ def _report(folder: Path) -> None:
                     reliability_panels(reliability),
                 ],
             ),
-            Section("Training of the supervised model", figures=[curves(_history(folder / "supervised/logs/metrics.csv"))]),
+            Section("Training of the supervised model", figures=[curves(_history(folder / "supervised"))]),
         ],
         facts=_facts(folder),
     )
@@ -265,8 +265,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _history(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Curves from a CSV logger's file."""
+def _history(run: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Curves from the newest log of a run."""
+    path = max(run.glob("logs/version_*/metrics.csv"), key=lambda file: file.stat().st_mtime)
     wanted = {
         "loss": {"training": "train/loss"},
         "mean HPA": {"validation": "val/hpa"},

@@ -52,7 +52,7 @@ class TrainingCLI(LightningCLI):
         run = self._get(self.config, "run")
         kwargs.setdefault("default_root_dir", run)
         if self._get(self.config_init, "trainer.logger") is None:
-            kwargs.setdefault("logger", CSVLogger(run, name="", version="logs"))
+            kwargs.setdefault("logger", CSVLogger(run, name="logs"))
         return super().instantiate_trainer(**kwargs)
 
 
