@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from zr.commands.configs import PREFIX, packaged
 from zr.rubric import Rubric
+from zr.stages import WriteDistributions
 
 __all__ = ["TrainingCLI", "run"]
 
@@ -40,7 +44,9 @@ class TrainingCLI(LightningCLI):
         """Names that recipes refer to by interpolation."""
         parser.add_argument("--run", default="zr-run", help="the run's folder: logs, checkpoints, model; ${run} in a recipe")
         parser.add_argument("--folder", default="zr-data", help="the data's folder; ${folder} in a recipe")
-        parser.add_argument("--ckpt_path", default=None, type=str | None, help="a Lightning checkpoint, or `last`")
+        parser.add_argument(
+            "--ckpt_path", default=None, type=str | None, help="a Lightning checkpoint; `last`: the run's newest"
+        )
         parser.add_argument("--start", default="", help="a saved model to start from; ${start} in a recipe")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -63,18 +69,35 @@ def run(args: Sequence[str]) -> None:
         args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; ``--config zr:NAME`` reads a packaged recipe.
 
     Raises:
-        ValueError: a checkpoint that holds more than tensors and plain values; it is not loaded.
+        FileNotFoundError: ``--ckpt_path last`` for a run that has no checkpoint.
+        ValueError: a trainer that this machine cannot give; a checkpoint that holds more than tensors and plain values, which is
+            not loaded.
     """
     command, *options = args
-    cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])
-    action = getattr(cli.trainer, command)
-    extra = {"return_predictions": False} if command == "predict" else {}
+    checkpoint = None
     try:
-        action(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **extra)
+        cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])
+        folder = Path(cli.config.run)
+        checkpoint = _newest(folder) if cli.config.ckpt_path == "last" else cli.config.ckpt_path
+        extra = {"return_predictions": False} if command == "predict" else {}
+        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in cli.trainer.callbacks):
+            cli.trainer.callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
+        action = getattr(cli.trainer, command)
+        action(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, **extra)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     except UnpicklingError as error:
         raise ValueError(
-            f"the checkpoint {cli.config.ckpt_path} holds more than tensors and plain values, which could run code: refused"
+            f"the checkpoint {checkpoint} holds more than tensors and plain values, which could run code: refused"
         ) from error
+
+
+def _newest(run: Path) -> str:
+    """The newest checkpoint in a run's folder; Lightning's own ``last`` looks in the folder of the version that begins."""
+    found = sorted(run.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{run} holds no checkpoint to go on from: leave --ckpt_path out, or name a file")
+    return str(found[-1])
 
 
 def _resolve(args: Sequence[str], index: int) -> str:
