@@ -34,9 +34,10 @@ def test_inventory():
         "RankedProbabilityLoss",
         "SoftLabelCrossEntropy",
         "SquaredExpectationLoss",
+        "TiltedGaussianCrossEntropy",
         "VotesRankedProbabilityLoss",
     ]
-    assert sorted(PAIR) == ["BradleyTerryLoss", "GapLoss"]
+    assert sorted(PAIR) == ["BradleyTerryLoss", "FidelityLoss", "GapLoss"]
     assert all(name in zr.losses.__all__ for name in CLASSES)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -9,7 +11,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from zr.losses.base import PairLoss, ScoreTarget, check_pair, check_shape, score_range
 from zr.scores import ScoreDistribution
 
-__all__ = ["BradleyTerryLoss", "GapLoss", "bradley_terry_loss", "gap_loss", "preference_share"]
+__all__ = [
+    "BradleyTerryLoss",
+    "FidelityLoss",
+    "GapLoss",
+    "bradley_terry_loss",
+    "fidelity_loss",
+    "gap_loss",
+    "preference_probability",
+    "preference_share",
+]
 
 TIE = 1e-6  # scores this close are equal: a mean of float32 scores carries such rounding
 
@@ -63,12 +74,50 @@ def bradley_terry_loss(prediction: ScoreDistribution, preference: Tensor) -> Ten
         >>> round(bradley_terry_loss(q, torch.tensor(1.0)).item(), 4)       # log 2
         0.6931
     """
-    check_shape("preference", preference, prediction.batch_shape[:-2])
-    if not bool(((preference >= 0) & (preference <= 1)).all()):
-        raise ValueError(f"preference must be a share in [0, 1], got {preference.tolist()}")
+    _check_share(preference, prediction)
     difference = _cross(prediction.mean)
     share = preference.to(difference.dtype)[..., None, None].expand_as(difference)
     return binary_cross_entropy_with_logits(difference, share, reduction="none").mean((-2, -1))
+
+
+def fidelity_loss(prediction: ScoreDistribution, preference: Tensor, floor: float = 1e-2) -> Tensor:
+    r"""Infidelity of the predicted preference, :math:`1 - \sqrt{P P^*} - \sqrt{(1 - P)(1 - P^*)}`, mean over G x G cross pairs.
+
+    :math:`P = \Phi((\mu_a - \mu_b) / \sqrt{var_a + var_b})`: unsure scores make an unsure order.
+    Bounded, so that a wrong label costs little; the price is a gradient that fades where the prediction is surely wrong.
+
+    Args:
+        prediction: batch shape ``(..., 2, G)``, the two items of a pair, G outputs each.
+        preference: ``(...)``, :math:`P^*`, the share in [0, 1] that prefers the first item, for example from
+            :func:`preference_probability`.
+        floor: least standard deviation of the difference, as a share of the score range: a sure prediction has none.
+
+    Returns:
+        ``(...)``, in [0, 1]; 0 where P is the preference.
+
+    Raises:
+        ValueError: shapes that do not fit, a share outside [0, 1], a floor below 1e-4.
+
+    Reference: Tsai et al. 2007, FRank; DeQA-Score (You et al., arXiv 2501.11561); P: Thurstone 1927.
+
+    Example:
+        >>> q = ScoreDistribution(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]).log(), bins=(1.0, 5.0))    # means 3 and 3: P = 1/2
+        >>> round(fidelity_loss(q, torch.tensor(1.0)).item(), 4)            # 1 - sqrt(1/2)
+        0.2929
+        >>> fidelity_loss(q, torch.tensor(0.5)).item()
+        0.0
+    """
+    _check_share(preference, prediction)
+    _check_floor(floor)
+    variance = prediction.variance
+    both = variance[..., 0, :, None] + variance[..., 1, None, :]
+    z = _cross(prediction.mean) / both.clamp_min((floor * score_range(prediction)) ** 2).sqrt()
+    target = preference.to(z.dtype)[..., None, None]
+    # sqrt(Phi) by its logarithm: no division by zero in the gradient. Half the squared distance of the roots is the same number
+    # as the formula, without its cancellation near 0.
+    first, second = (torch.special.log_ndtr(x).div(2).exp() for x in (z, -z))
+    infidelity: Tensor = ((first - target.sqrt()).square() + (second - (1 - target).sqrt()).square()) / 2
+    return infidelity.mean((-2, -1))
 
 
 def preference_share(target: ScoreTarget) -> Tensor:
@@ -104,6 +153,40 @@ def preference_share(target: ScoreTarget) -> Tensor:
     return share
 
 
+def preference_probability(target: ScoreTarget) -> Tensor:
+    r"""Probability that the first item of each pair is preferred, :math:`\Phi((s_a - s_b) / \sqrt{var_a + var_b})`.
+
+    Args:
+        target: ``(..., 2)``. ``target.preference`` counts where it is given (not NaN); then the variances, where both are known
+            and not both zero; elsewhere the order of the scores, as in :func:`preference_share`.
+
+    Returns:
+        ``(...)`` float32 or wider, in [0, 1].
+
+    Raises:
+        ValueError: a pair with neither a preference nor two known scores; a negative variance.
+
+    Reference: DeQA-Score (You et al., arXiv 2501.11561); Thurstone 1927.
+
+    Example:
+        >>> score, variance = torch.tensor([[4.0, 3.0], [4.0, 3.0]]), torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+        >>> preference_probability(ScoreTarget.from_scores(score, variance=variance)).round(decimals=4).tolist()  # Phi(1)
+        [0.8413..., 1.0]
+    """
+    share = preference_share(target)
+    if target.variance is None:
+        return share
+    if bool((target.variance < 0).any()):
+        raise ValueError(f"a variance must be at least 0 (NaN: unknown), got {float(target.variance.min()):g}")
+    both = target.variance.to(share.dtype).sum(-1)
+    spread = target.known.all(-1) & (both > 0) & both.isfinite()
+    if target.preference is not None:
+        spread = spread & target.preference.isnan()
+    gap = (target.score[..., 0] - target.score[..., 1]).to(share.dtype)
+    share[spread] = torch.special.ndtr(gap[spread] / both[spread].sqrt())
+    return share
+
+
 class GapLoss(PairLoss):
     """One value per pair, by :func:`gap_loss`; see there for shapes and units."""
 
@@ -120,6 +203,37 @@ class BradleyTerryLoss(PairLoss):
     def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
         """``(...)`` values against ``target.preference``, and ``target.score`` where there is none."""
         return bradley_terry_loss(prediction, preference_share(target))
+
+
+class FidelityLoss(PairLoss):
+    """One value per pair, by :func:`fidelity_loss` on :func:`preference_probability`; see there for shapes and units."""
+
+    needs_scores = False
+
+    def __init__(self, floor: float = 1e-2) -> None:
+        super().__init__()
+        _check_floor(floor)
+        self.floor = floor
+
+    def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
+        """``(...)`` values against ``target.preference``, and the scores with their variances where there is none."""
+        return fidelity_loss(prediction, preference_probability(target), self.floor)
+
+    def extra_repr(self) -> str:
+        """The floor."""
+        return f"floor={self.floor:g}"
+
+
+def _check_floor(floor: float) -> None:
+    if not 1e-4 <= floor < math.inf:
+        raise ValueError(f"floor is a share of the score range of at least 1e-4, got {floor}")
+
+
+def _check_share(preference: Tensor, prediction: ScoreDistribution) -> None:
+    check_shape("preference", preference, prediction.batch_shape[:-2])
+    check_pair(prediction, preference.unsqueeze(-1).expand(*preference.shape, 2))
+    if not bool(((preference >= 0) & (preference <= 1)).all()):
+        raise ValueError(f"preference must be a share in [0, 1], got {preference.tolist()}")
 
 
 def _cross(value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = [
     "InterpolatedCrossEntropy",
     "RankedProbabilityLoss",
     "SoftLabelCrossEntropy",
+    "TiltedGaussianCrossEntropy",
     "VotesRankedProbabilityLoss",
     "bin_cross_entropy",
     "interpolated_cross_entropy",
@@ -21,8 +22,13 @@ __all__ = [
     "ranked_probability_loss",
     "soft_cross_entropy",
     "soft_label",
+    "tilted_gaussian_label",
     "votes_ranked_probability_loss",
+    "votes_variance",
 ]
+
+NARROW = 0.03  # share of the least distance of bins: a Gaussian narrower than this gives linear weights, to 1e-20
+HALVINGS = 100  # of the interval that holds the tilt: to the last bit of float64
 
 
 def bin_cross_entropy(prediction: ScoreDistribution, score: Tensor) -> Tensor:
@@ -193,13 +199,77 @@ def soft_label(target: ScoreTarget, bins: Tensor) -> Tensor:
     """
     if target.votes is None:
         return linear_weights(target.score, bins)
-    if target.votes.shape[-1] != len(bins):
-        raise ValueError(f"votes must be (..., {len(bins)}) for {len(bins)} bins, got {tuple(target.votes.shape)}")
+    _check_bins(target.votes, bins)
     voted = target.votes.sum(-1) > 0
     label = torch.empty(target.votes.shape, dtype=bins.dtype, device=bins.device)
     label[voted] = _shares(target.votes[voted], bins.dtype)
     label[~voted] = linear_weights(target.score[~voted], bins)
     return label
+
+
+def tilted_gaussian_label(score: Tensor, variance: Tensor, bins: Tensor) -> Tensor:
+    r"""Soft label of the annotators' mean and variance: a Gaussian over cells between the bins' midpoints, tilted to the mean.
+
+    Tails go to the end bins. Cells and tails move the mean; the tilt :math:`p \to p\,e^{\lambda s}` moves it back, and stays
+    positive where a linear correction goes negative near the ends.
+
+    Args:
+        score: ``(...)`` mean of the annotators, in score units; within the bins' range.
+        variance: ``(...)`` variance of the annotators, in squared score units. NaN is unknown.
+        bins: ``(K,)`` ascending.
+
+    Returns:
+        ``(..., K)`` probabilities whose mean is the score, in the dtype of ``bins``, without gradient. :func:`linear_weights`
+        where the variance is zero or unknown, and at the ends of the range, where no other label has the mean.
+
+    Raises:
+        ValueError: shapes that differ; a score that is NaN or outside the range; a variance that is negative or infinite.
+
+    Reference: soft labels of DeQA-Score (You et al., arXiv 2501.11561); the tilt is ours.
+
+    Example:
+        >>> bins = torch.tensor([1.0, 2.0, 3.0])
+        >>> label = tilted_gaussian_label(torch.tensor([2.0, 1.2]), torch.tensor([1.0, 1.0]), bins)
+        >>> [round(p, 4) for p in label[0].tolist()]                     # Phi(-1/2), the middle, Phi(-1/2)
+        [0.3085, 0.3829, 0.3085]
+        >>> round((label[1] * bins).sum().item(), 4), bool((label > 0).all())
+        (1.2, True)
+    """
+    check_shape("variance", variance, score.shape)
+    wrong = (variance < 0) | variance.isinf()
+    if bool(wrong.any()):
+        raise ValueError(f"a variance must be at least 0 and finite (NaN: unknown), got {float(variance[wrong][0]):g}")
+    label = linear_weights(score.detach(), bins)
+    s, value, spread = bins.detach().double(), score.detach().double(), variance.detach().double().sqrt()
+    slack = (s[-1] - s[0]) * 1e-5  # rounding, as for linear weights
+    wide = (spread > NARROW * s.diff().min()) & (value > s[0] + slack) & (value < s[-1] - slack)
+    label[wide] = _tilted(_gaussian_cells(value[wide], spread[wide], s), value[wide], s).to(label.dtype)
+    return label
+
+
+def votes_variance(votes: Tensor, bins: Tensor) -> Tensor:
+    """Unbiased variance of each item's votes; NaN, unknown, with fewer than two.
+
+    Args:
+        votes: ``(..., K)`` counts.
+        bins: ``(K,)`` ascending.
+
+    Returns:
+        ``(...)``, in squared score units, in the dtype of ``bins``.
+
+    Raises:
+        ValueError: votes of another number of bins.
+
+    Example:
+        >>> votes_variance(torch.tensor([[1, 0, 1], [0, 1, 0]]), torch.tensor([1.0, 2.0, 5.0])).tolist()    # 2 ** 2 + 2 ** 2
+        [8.0, nan]
+    """
+    _check_bins(votes, bins)
+    count = votes.to(bins.dtype)
+    total = count.sum(-1)
+    mean = (count * bins).sum(-1) / total
+    squares = (count * (bins - mean.unsqueeze(-1)).square()).sum(-1)
+    return torch.where(total >= 2, squares / (total - 1), torch.nan)
 
 
 class BinCrossEntropy(ItemLoss):
@@ -224,6 +294,33 @@ class SoftLabelCrossEntropy(ItemLoss):
     def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
         """``(...)`` values against ``target.votes``, and ``target.score`` where there are none."""
         return soft_cross_entropy(prediction, soft_label(target, prediction.bins))
+
+
+class TiltedGaussianCrossEntropy(ItemLoss):
+    """One value per item, by :func:`soft_cross_entropy` on :func:`tilted_gaussian_label`; see there for shapes and units.
+
+    Its gradient is that of DeQA's KL to the soft label; the value is larger by the label's entropy. DeQA's mix is this term and
+    one for pairs, with a weight of your choice::
+
+        terms:
+          label:
+            class_path: zr.stages.Term
+            init_args: {loss: {class_path: zr.losses.TiltedGaussianCrossEntropy}}
+          order:
+            class_path: zr.stages.Term
+            init_args: {loss: {class_path: zr.losses.FidelityLoss}, weight: 0.5}
+    """
+
+    def forward(self, prediction: ScoreDistribution, target: ScoreTarget) -> Tensor:
+        """``(...)`` values against ``target.score`` and its variance: ``target.variance``, or that of ``target.votes``."""
+        bins = prediction.bins
+        if target.variance is not None:
+            variance = target.variance
+        elif target.votes is not None:
+            variance = votes_variance(target.votes, bins)
+        else:
+            variance = torch.full_like(target.score, torch.nan)
+        return soft_cross_entropy(prediction, tilted_gaussian_label(target.score, variance, bins))
 
 
 class RankedProbabilityLoss(ItemLoss):
@@ -268,3 +365,32 @@ def _shares(votes: Tensor, dtype: torch.dtype) -> Tensor:
         where = (~(total.squeeze(-1) > 0)).nonzero()[0].tolist()
         raise ValueError(f"an item has no votes (index {where}): select the items with votes before the loss")
     return votes.to(dtype) / total.to(dtype)
+
+
+def _check_bins(votes: Tensor, bins: Tensor) -> None:
+    if votes.shape[-1] != len(bins):
+        raise ValueError(f"votes must be (..., {len(bins)}) for {len(bins)} bins, got {tuple(votes.shape)}")
+
+
+def _gaussian_cells(mean: Tensor, std: Tensor, bins: Tensor) -> Tensor:
+    """``(N, K)`` log-probabilities of the cells between the midpoints of the bins, without cancellation far from the mean."""
+    edges = ((bins[1:] + bins[:-1]) / 2 - mean.unsqueeze(-1)) / std.unsqueeze(-1)
+    low, high = pad(edges, (1, 0), value=-torch.inf), pad(edges, (0, 1), value=torch.inf)
+    mirrored = low > 0  # above the mean, the mirror image: there the logarithm of Phi is not rounded to 0
+    low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
+    upper = torch.special.log_ndtr(high)
+    cells: Tensor = upper + (-torch.expm1(torch.special.log_ndtr(low) - upper)).log()
+    return cells
+
+
+def _tilted(log_probs: Tensor, mean: Tensor, bins: Tensor) -> Tensor:
+    """``(N, K)`` probabilities of the tilted distribution that has the mean; it grows with the tilt, so bisection finds it."""
+    inside = torch.minimum(mean - bins[0], bins[-1] - mean)
+    reach = log_probs.amax(-1) - log_probs.amin(-1) + (len(bins) * (bins[-1] - bins[0]) / inside).log() + 1
+    high = (reach / bins.diff().min()).unsqueeze(-1)  # beyond it an end bin outweighs all others
+    low = -high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        above = ((log_probs + middle * bins).softmax(-1) * bins).sum(-1) > mean
+        low, high = torch.where(above.unsqueeze(-1), low, middle), torch.where(above.unsqueeze(-1), middle, high)
+    return (log_probs + (low + high) / 2 * bins).softmax(-1)
