@@ -14,7 +14,7 @@ TRAINING = {
 COMMANDS = {
     "demo": "the main job on the built-in world: shards, base model, supervised model, report",
     "score": "score images with a saved model",
-    "shards": "write annotated data as WebDataset shards",
+    "shards": "write annotated data as WebDataset shards, and inspect them",
     "configs": "list the packaged recipes, or write one out",
 }
 USAGE = "usage: zr COMMAND [options]\n\n{}\n\n`zr COMMAND --help` tells the options; `zr --version` what a bug report needs."

@@ -1,4 +1,4 @@
-"""`zr shards write`: both source formats give the same records, and each mistake one clear error."""
+"""`zr shards`: both source formats give the same records, each mistake is one clear error, an inspection says what is there."""
 
 import json
 import subprocess
@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 import zr
-from zr.commands.shards import write
+from zr.cli import main
+from zr.commands.inspecting import survey
+from zr.commands.shards import inspect, write
 from zr.data import Annotation, read_shards
 
 ROW = {
@@ -143,6 +145,98 @@ def test_parquet_errors(home):
     pq.write_table(pa.Table.from_pylist([{**table[0], "scores": 3}]), path)
     with pytest.raises(ValueError, match="row 1: column scores must hold JSON text"):
         write(path, home / "out")
+
+
+NASTY = "bob<script>alert(1)</script>\x1b[31m"
+
+
+@pytest.fixture
+def annotated(home):
+    """Two splits of ten prompts; one annotator always two points below the others, with a name that is no good."""
+    for split in ("train", "test"):
+        rows = []
+        for i in range(10):
+            up = i % 2
+            scores = {"a": {"ann": 3 + up, "cy": 3.5 + up, NASTY: 1 + up}, "b": {"cy": 5, NASTY: 1 + up}}
+            scores["b"]["ann"] = {"score": 3.5 + up, "refined": True, "coarse": 3 + up}
+            rows.append(changed(key=f"p{i}", prompt="<b>cat</b>", scores={"realism": scores}))
+        write(jsonl(home, *rows), home / "out", split=split, per_shard=4)
+    return home / "out"
+
+
+def test_inspect_tells_who_would_be_refused_and_what_would_change(annotated, home, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    inspect(annotated, output=home / "page.html", threshold=0.5, reference="ann", pictures=5)
+    said = capsys.readouterr().out
+    page = (home / "page.html").read_text(encoding="utf-8")
+    assert "40 images of 20 prompts, with 120 scores by 3 annotators." in said
+    assert "1 of 2 annotators would be refused for an accuracy below 50%: bob<script>alert(1)</script>\\u{1b}[31m." in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert ["test", "3", "10", "20", "60", "10", "10", "0"] in rows
+    cy = next(row for row in rows if row[0] == "cy")
+    gaps = [0.5] * 10 + [1.5 - i % 2 for i in range(10)]
+    assert cy[1:4] == ["40", "40", "0.750"]
+    assert cy[4:] == [f"{np.mean(gaps):+.2f}", f"{np.std(gaps):.2f}", "admitted"]
+    # Each a moves from 3 to 3.25 (or from 4 to 4.25), each b from 3.5 to 4.25 (or from 4.5 to 4.75).
+    assert "Without them, 40 of 40 scores would change, by 0.75 at most (realism, test/p0.b); 0 would be lost; " in said
+    assert "0 of 20 pairs would turn around." in said
+    for text in ("<script>", "\x1b", "<b>cat"):
+        assert text not in page
+        assert text == "<script>" or text not in said
+    assert page.count('<article class="card">') == 5
+    assert "model's probabilities" not in page  # no model has seen these pictures
+    assert "data:image/png;base64," in page
+    assert "realism" in page
+
+
+def test_inspect_one_split_without_page(annotated, home, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    inspect(annotated, split="test", threshold=0.0)
+    said = capsys.readouterr().out
+    assert "20 images of 10 prompts" in said
+    assert "0 of 3 annotators would be refused for an accuracy below 0%." in said
+    assert "What would change" not in said
+    assert not list(home.glob("*.html"))
+
+
+def test_records_of_two_splits_stay_apart_and_pictures_are_drawn_from_both(annotated):
+    found = survey(annotated, None, pictures=8)
+    assert len(found.ratings) == 40
+    assert {item.record.split("/")[0] for item in found.ratings} == {"train", "test"}
+    assert {card.title.split("/")[0] for card in found.cards} == {"train", "test"}
+    assert len({card.title for card in found.cards}) == 8
+    assert found.votes("realism").sum() == 120
+    assert len(survey(annotated, None, pictures=100).cards) == 20
+
+
+def test_inspect_unlabelled_shards(home, capsys):
+    write(jsonl(home, BARE), home / "out")
+    inspect(home / "out", output=home / "page.html")
+    said = capsys.readouterr().out
+    assert "1 images of 1 prompts, with 0 scores by 0 annotators." in said
+    assert "no score" in (home / "page.html").read_text(encoding="utf-8")
+
+
+def test_inspect_from_the_command_line(annotated, capsys):
+    assert main(["shards", "inspect", str(annotated), "--split", "test", "--reference", "ann"]) == 0
+    assert "20 images of 10 prompts" in capsys.readouterr().out
+    assert main(["shards", "inspect", str(annotated), "--reference", "zoe"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("zr shards: --reference 'zoe' gave no score")
+    assert "\x1b" not in said
+
+
+def test_inspect_errors(annotated, home):
+    with pytest.raises(ValueError, match="--reference 'zoe' gave no score: the annotators are 'ann', 'bob"):
+        inspect(annotated, reference="zoe")
+    with pytest.raises(ValueError, match="threshold in"):
+        inspect(annotated, threshold=80)
+    with pytest.raises(ValueError, match=r"must end in \.html"):
+        inspect(annotated, output=home / "page.pdf")
+    with pytest.raises(FileNotFoundError, match="no shards for split 'val'"):
+        inspect(annotated, split="val")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        inspect(home / "nowhere")
 
 
 def test_help_does_not_import_the_stack():

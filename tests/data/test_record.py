@@ -48,11 +48,30 @@ def test_json_round_trip_and_its_form():
     assert set(record(scores={}, preferences={}, distributions={}, texts={}).to_dict()) == {"key", "prompt", "candidates"}
 
 
+def test_both_rounds_are_kept():
+    given = {"anna": Annotation(3.5, refined=True, coarse=4.0), "bob": Annotation(4.0, refined=True, coarse=4.0)}
+    both = record(scores={"realism": {"a": given}}, distributions={})
+    both.validate(replace(SCALE, bins=(1.0, 2.0, 3.5, 4.0)))
+    assert both.to_dict()["scores"]["realism"]["a"]["anna"] == {"score": 3.5, "refined": True, "coarse": 4.0}
+    assert Record.from_dict(both.to_dict(), {c.id: c.image for c in both.candidates}) == both
+
+
+def one_score(annotation):
+    return {"scores": {"realism": {"a": {"anna": annotation}}}}
+
+
 def one_distribution(*probs, scale_id=SCALE.scale_id):
     return {"realism": {"a": {"t": LabelledDistribution(probs, (), scale_id)}}}
 
 
 BAD = {
+    "far": (
+        one_score(Annotation(3.5, True, 2.0)),
+        ["'a'", "scores.realism.anna", "1.5 from its coarse score 2", "0.5 at most"],
+    ),
+    "half": (one_score(Annotation(2.0, True, 2.5)), ["scores.realism.anna", "coarse score 2.5 is no integer"]),
+    "off": (one_score(Annotation(3.5, True, 4.0)), ["scores.realism.anna", "off the scale 1 to 3.5"]),
+    "one round": (one_score(Annotation(2.0, False, 2.0)), ["scores.realism.anna", "beside a refined one only"]),
     "key": ({"key": "p.1"}, ["'p.1'", "safe file name"]),
     "key with folder": ({"key": "../p"}, ["'../p'", "safe file name"]),
     "prompt": ({"prompt": "  "}, ["'p-1'", "prompt is empty"]),

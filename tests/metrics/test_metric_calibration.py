@@ -5,11 +5,18 @@ import pytest
 import torch
 from scipy import stats
 
-from zr.metrics import ExpectedCalibrationError, RankedProbabilityScore, VotesNegativeLogLikelihood, reliability
+from zr.metrics import (
+    Coverage,
+    ExpectedCalibrationError,
+    OffScaleMass,
+    RankedProbabilityScore,
+    VotesNegativeLogLikelihood,
+    reliability,
+)
 from zr.scores import ScoreDistribution
 
 BINS = (1.0, 1.25, 2.0, 3.5, 10.0)
-METRICS = [VotesNegativeLogLikelihood, RankedProbabilityScore, ExpectedCalibrationError]
+METRICS = [VotesNegativeLogLikelihood, RankedProbabilityScore, ExpectedCalibrationError, Coverage]
 
 
 def draw(count=50, seed=0):
@@ -112,6 +119,64 @@ def test_reliability_arguments():
     with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
         ExpectedCalibrationError(groups=0)
     assert len(reliability(torch.zeros(0), torch.zeros(0)).weight) == 0
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
+def test_coverage_is_that_of_randomised_votes(level):
+    """Oracle: each vote becomes many uniform points inside its step of the CDF; the share of points that are inside."""
+    q, votes = draw(20)
+    metric = Coverage(level)
+    metric.update(q[:8], votes[:8])
+    metric.update(q[8:], votes[8:])
+    grid = (np.arange(20_000) + 0.5) / 20_000
+    inside = []
+    for n in range(20):
+        steps = np.concatenate([[0], np.cumsum(q.probs[n].double().numpy())])
+        for k in range(5):
+            points = steps[k] + grid * (steps[k + 1] - steps[k])
+            inside += [np.mean(np.abs(points - 0.5) < level / 2)] * int(votes[n, k])
+    assert metric.compute().item() == pytest.approx(np.mean(inside), abs=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
+def test_coverage_of_a_calibrated_scorer_is_the_level(level):
+    q, _ = draw(4000)
+    torch.manual_seed(0)
+    votes = torch.distributions.Multinomial(5, probs=q.probs).sample()
+    values = []
+    for sharper in (0.5, 1, 2):
+        metric = Coverage(level)
+        metric.update(ScoreDistribution(sharper * q.logits, BINS), votes)
+        values.append(metric.compute().item())
+    assert values[1] == pytest.approx(level, abs=0.01)
+    assert values[0] > level + 0.01 > level - 0.02 > values[2]  # not sure enough, too sure
+    exact = Coverage(level)  # expected votes: the level itself
+    exact.update(q, q.probs)
+    assert exact.compute().item() == pytest.approx(level, abs=1e-5)
+
+
+def test_coverage_of_bins_without_probability():
+    q = ScoreDistribution(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]).log(), (1.0, 2.0, 3.0))
+    for votes, value in (([[0, 1, 0], [0, 0, 0]], 1.0), ([[0, 0, 0], [1, 0, 1]], 0.0), ([[0, 0, 0], [0, 1, 0]], 0.8)):
+        metric = Coverage(0.8)
+        metric.update(q, torch.tensor(votes))
+        assert metric.compute().item() == pytest.approx(value)
+    for level in (0, 1, 80):
+        with pytest.raises(ValueError, match=f"level must be between 0 and 1, got {level}"):
+            Coverage(level)
+
+
+def test_off_scale_mass():
+    mass = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    metric = OffScaleMass()
+    for part in (mass[:1], mass[1:]):
+        metric.update(ScoreDistribution(torch.zeros(*part.shape, 5), BINS, off_scale=part))
+    assert metric.compute().item() == pytest.approx(sum(mass.flatten().tolist()) / 12)
+    metric.reset()
+    metric.update(ScoreDistribution(torch.zeros(0, 5), BINS, off_scale=torch.zeros(0)))
+    assert metric.compute().isnan()
+    with pytest.raises(ValueError, match=r"off_scale was not computed.*off_scale=True"):
+        metric.update(draw()[0])
 
 
 @pytest.mark.parametrize("metric", METRICS)

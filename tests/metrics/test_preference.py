@@ -13,10 +13,16 @@ from hypothesis import strategies as st
 from torch import distributed
 
 from zr.metrics import (
+    GSB,
     HPA,
+    Coupling,
+    Coverage,
     ExpectedCalibrationError,
+    OffScaleMass,
     RankedProbabilityScore,
     VotesNegativeLogLikelihood,
+    bootstrap_interval,
+    gsb,
     hpa,
     pair_counts,
     same_prompt_pairs,
@@ -134,6 +140,78 @@ def test_weights_are_repeated_prompts():
     assert hpa(mu, score, prompt, weight).tolist() == pytest.approx([correct / total, float(hpa(mu, score, prompt))])
 
 
+def naive_gsb(first, second, band):
+    good = sum(a - b > band + 1e-6 for a, b in zip(first, second, strict=True))
+    bad = sum(b - a > band + 1e-6 for a, b in zip(first, second, strict=True))
+    return good, len(first) - good - bad, bad
+
+
+@pytest.mark.parametrize("band", [0.0, 0.25, 1.0])
+def test_gsb_against_a_loop(band):
+    first, second, _ = draw(80)
+    metric = GSB(band)
+    metric.update(first[:30], second[:30])
+    metric.update(first[30:], second[30:])
+    good, same, bad = naive_gsb(first.tolist(), second.tolist(), band)
+    assert min(good, same, bad) > 0
+    assert [int(count) for count in metric.counts()] == [good, same, bad]
+    assert metric.compute().item() == pytest.approx((good - bad) / 80)
+    assert float(gsb(first, second, band=band)) == pytest.approx((good - bad) / 80)
+    assert float(gsb(second, first, band=band)) == pytest.approx((bad - good) / 80)  # the other way round
+
+
+def test_gsb_band_holds_its_ends_and_forgives_rounding():
+    metric = GSB()
+    for dtype in (torch.float32, torch.float64):
+        metric.update(torch.tensor([1.1, 3.1, 2.0], dtype=dtype), torch.tensor([0.85, 3.35, 2.0], dtype=dtype))
+    assert 1.1 - 0.85 > 0.25
+    assert [int(count) for count in metric.counts()] == [0, 6, 0]
+    metric.update(torch.tensor([3.26, 3.0]), torch.tensor([3.0, 3.26]))
+    assert [int(count) for count in metric.counts()] == [1, 6, 1]
+
+
+def test_gsb_of_distributions_and_known():
+    q = ScoreDistribution(torch.randn(2, 30, 9, generator=torch.Generator().manual_seed(0)), [1 + i / 2 for i in range(9)])
+    known = torch.arange(30) % 3 != 0
+    metric, by_hand = GSB(), GSB()
+    metric.update(q[0], q[1].mean.masked_fill(~known, torch.nan), known)
+    by_hand.update(q[0].mean[known].double(), q[1].mean[known].double())
+    assert metric.compute() == by_hand.compute()
+    empty = GSB()
+    empty.update(q[0], q[1], torch.zeros(30, dtype=torch.bool))
+    assert empty.compute().isnan()
+    assert math.isnan(gsb([], []))
+
+
+def test_gsb_interval_resamples_prompts():
+    first, second, prompt = (t.double().numpy() for t in draw(200))
+    interval = bootstrap_interval(gsb, first, second, prompt, samples=400)
+    outcome = np.where(np.abs(first - second) <= 0.25, 0, np.sign(first - second))
+    rng = np.random.default_rng(1)
+    by_prompt = [outcome[prompt == name] for name in np.unique(prompt)]
+    drawn = [np.concatenate([by_prompt[i] for i in rng.integers(0, 15, 15)]).mean() for _ in range(2000)]
+    assert interval.estimate == pytest.approx(outcome.mean())
+    assert interval.standard_error == pytest.approx(np.std(drawn), rel=0.2)
+    assert [interval.low, interval.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.04)
+
+
+def test_gsb_arguments():
+    two, nan = torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan])
+    with pytest.raises(
+        ValueError, match=r"GSB needs tensors \(N,\) of one length, got first \(2,\), second \(3,\), known \(2,\)"
+    ):
+        GSB().update(two, torch.zeros(3))
+    with pytest.raises(ValueError, match="second is NaN at item 1: leave unknown items out"):
+        GSB().update(two, nan)
+    with pytest.raises(ValueError, match=r"one length, got \(2,\) and \(1,\)"):
+        gsb([1, 2], [1])
+    for wrong in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="band must not be negative, got"):
+            GSB(wrong)
+        with pytest.raises(ValueError, match="band must not be negative, got"):
+            gsb([1], [2], band=wrong)
+
+
 items = st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3), st.integers(1, 5)), max_size=25)
 
 
@@ -152,16 +230,26 @@ def test_properties(rows, random):
     assert value == [int(counts.sum()) for counts in pair_counts(np.exp(mu), 2 * np.array(score) + 1, prompt)]
 
 
+VARIED = ("removed", "other", "again")
+
+
 def measure(batches):
     """Values of the metrics, those of all processes of the group if there is one."""
-    metrics = [HPA(), HPA(0.5), VotesNegativeLogLikelihood(), RankedProbabilityScore(), ExpectedCalibrationError(4)]
+    ordered, compared, mass, coupling = [HPA(), HPA(0.5)], GSB(), OffScaleMass(), Coupling()
+    voted = [VotesNegativeLogLikelihood(), RankedProbabilityScore(), Coverage(0.5), ExpectedCalibrationError(4)]
     for logits, score, prompt, votes in batches:
-        q = ScoreDistribution(torch.tensor(logits), (1.0, 2.0, 3.0, 5.0))
-        for metric in metrics[:2]:
+        x = torch.tensor(logits)
+        q = ScoreDistribution(x, (1.0, 2.0, 3.0, 5.0), off_scale=x[:, 0].sigmoid())
+        for metric in ordered:
             metric.update(q, torch.tensor(score), torch.tensor(prompt))
-        for metric in metrics[2:]:
+        for metric in voted:
             metric.update(q, torch.tensor(votes))
-    return [*(metric.compute().item() for metric in metrics), *torch.cat(metrics[-1].curve()).tolist()]
+        compared.update(q, torch.tensor(score))
+        mass.update(q)
+        coupling.update(own=q, **{name: ScoreDistribution(x.roll(k, -1), q.bins) for k, name in enumerate(VARIED, 1)})
+    counts = [int(count) for count in compared.counts()]
+    values = [metric.compute().item() for metric in [*ordered, compared, mass, *voted]]
+    return [*values, *counts, *(v.item() for v in coupling.compute().values()), *torch.cat(voted[-1].curve()).tolist()]
 
 
 def measure_in_group(rank, store, batches):
@@ -192,7 +280,7 @@ def test_two_processes_give_the_values_of_one(tmp_path):
         finally:
             process.kill()
     assert first == second
-    assert first[:2] == alone[:2]  # counts: equal, not only close
+    assert first[:3] == alone[:3]  # from counts: equal, not only close
     assert first == pytest.approx(alone, rel=1e-5)
     assert 0 < alone[0] < 1
 

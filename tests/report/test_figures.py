@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zr.metrics import evaluate, reliability
-from zr.report import Panel, curves, hpa_bars, reliability_panels, scatter
+from zr.report import Panel, curves, histograms, hpa_bars, reliability_panels, scatter
 from zr.report.figures import INK, MUTED, RULE, SERIES
 
 RNG = np.random.default_rng(0)
@@ -25,6 +25,8 @@ FIGURES = {
     "reliability": lambda: reliability_panels(dict.fromkeys(NAMES, CURVE)),
     "reliability of none": lambda: reliability_panels({"realism": reliability(torch.zeros(0), torch.zeros(0))}),
     "curves": lambda: curves({"loss": {"a": [(0, 2.0), (1, 1.0)], "b": [(0, 3.0), (1, float("nan"))]}, "HPA": {"val": []}}),
+    "histograms": lambda: histograms({"realism": [1, 0, 3], "<b>": [0, 0, 0]}, bins=(1, 3, 5)),
+    "histograms of many bins": lambda: histograms({"realism": range(100)}, bins=range(100)),
     "hpa": lambda: hpa_bars({"zero-shot": TABLE, "supervised": TABLE}, ceiling={"realism": 0.95}),
 }
 
@@ -126,3 +128,8 @@ def test_a_panel_refuses_what_runs_or_loads(inside):
 def test_a_panel_refuses_what_is_no_xml():
     with pytest.raises(ValueError, match="no XML"):
         Panel("<svg><g></svg>")
+
+
+def test_histograms_need_a_count_per_bin():
+    with pytest.raises(ValueError, match="one count per bin: realism has 2 for 3 bins"):
+        histograms({"realism": [1, 2]}, bins=(1, 3, 5))

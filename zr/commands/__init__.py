@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, auto_cli
 __all__ = ["run"]
 
 # Module -> its functions by subcommand, or its function. Named here, imported when used: `zr configs` needs no torch.
-SUBCOMMANDS: dict[str, tuple[str, ...]] = {"shards": ("write",)}
+SUBCOMMANDS: dict[str, tuple[str, ...]] = {"shards": ("write", "inspect")}
 POSITIONAL: dict[str, dict[str, tuple[str, type]]] = {
     "score": {"images": ("+", Path)},
     "configs": {"name": ("?", str)},

@@ -1,4 +1,4 @@
-"""``zr shards``: annotated images from JSON Lines or Parquet into shards."""
+"""``zr shards``: annotated images from JSON Lines or Parquet into shards, and a look at what shards hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported in the function: the stack takes seconds, `zr shards --help` must not
     from zr.data import Record
 
-__all__ = ["write"]
+__all__ = ["inspect", "write"]
 
 PARTS = ("scores", "preferences", "distributions", "texts")
 
@@ -22,15 +22,16 @@ def write(source: Path, folder: Path, rubric: str = "zr:direct", split: str = "t
 
         {"key": "p0001", "prompt": "two red cubes",
          "candidates": [{"id": "a", "image": "images/p0001-a.png"}, {"id": "b", "image": "images/p0001-b.jpg"}],
-         "scores": {"realism": {"a": {"anna": 4.0, "bob": {"score": 4.5, "refined": true}}, "b": {"anna": 2.5}}},
+         "scores": {"realism": {"a": {"anna": 4.0, "bob": {"score": 4.5, "refined": true, "coarse": 4}}, "b": {"anna": 2.5}}},
          "preferences": {"aesthetics": [["a", "b", 0.75]]},
          "distributions": {"realism": {"a": {"teacher": {"probs": [0, 0, ...], "traces": ["..."], "scale_id": "..."}}}},
          "texts": {"realism": {"a": "The shadow is missing."}}}
 
     ``key``, ``prompt`` and ``candidates`` are needed, the rest may be missing. Keys and ids are letters, digits, ``_`` and
     ``-``, 64 at most. ``image`` is the path of a PNG, JPEG or WebP file, relative to SOURCE. ``scores`` is dimension ->
-    candidate -> annotator -> score, and a score must be a bin of the rubric; ``preferences`` is dimension -> [a, b, share of
-    the judges who prefer a]; ``distributions`` has one probability per bin; ``texts`` is dimension -> candidate -> text.
+    candidate -> annotator -> score, and a score must be a bin of the rubric; ``coarse``, if known, is the first round of a
+    refined score, half a point away at most. ``preferences`` is dimension -> [a, b, share of the judges who prefer a];
+    ``distributions`` has one probability per bin; ``texts`` is dimension -> candidate -> text.
 
     Or SOURCE is a ``.parquet`` file with one row per prompt: text columns ``key`` and ``prompt``; ``candidates``, a list of
     structs with ``id`` (text) and ``image`` (the file's bytes, or a path as above); and, each of them optional and nullable,
@@ -66,6 +67,57 @@ def write(source: Path, folder: Path, rubric: str = "zr:direct", split: str = "t
         index = write_shards(progress.track(records, total=total, description=split), folder, scale, split, per_shard)
         shards = index.splits[split]
         progress.console.print(f"{sum(s.records for s in shards)} prompts in {len(shards)} shards of {split}: {folder}")
+
+
+def inspect(
+    folder: Path,
+    split: str | None = None,
+    output: Path | None = None,
+    threshold: float = 0.8,
+    tolerance: float = 0.5,
+    reference: str | None = None,
+    pictures: int = 24,
+) -> None:
+    """Show what shards hold: counts, agreement, annotators who would be refused, and what that would change.
+
+    An annotator's accuracy is the share of scores within TOLERANCE of the reference; whoever has less than THRESHOLD would be
+    refused. Nothing is changed in the shards.
+
+    Args:
+        folder: of the shards.
+        split: which of its splits; all of them without it.
+        output: HTML page to write, with histograms and a sheet of pictures.
+        threshold: accuracy that admits an annotator.
+        tolerance: scores that differ by no more are right, in score units.
+        reference: annotator whose scores are the reference, such as an expert; without it, the mean of an image's others.
+        pictures: number of pictures in the sheet, drawn at random, one from a prompt.
+
+    Raises:
+        FileNotFoundError: no such folder, index, split or shard.
+        ValueError: a damaged shard, an annotator who gave no score, a threshold outside [0, 1].
+    """
+    from zr.commands.inspecting import page, survey
+
+    if output is not None and output.suffix != ".html":
+        raise ValueError(f"--output {output} must end in .html: it is written as a web page")
+    found = survey(folder, split, pictures if output is not None else 0)
+    summary = page(found, threshold=threshold, tolerance=tolerance, reference=reference)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from zr.report import write_page
+    from zr.report.text import plain
+
+    console = Console()
+    for section in summary.sections:
+        for table in section.tables:
+            console.print(Text(section.title, style="bold"))
+            console.print(table.terminal())
+    for line in summary.lead:
+        console.print(Text(plain(line)))
+    if output is not None:
+        console.print(Text(plain(f"page: {write_page(output, summary)}")))
 
 
 def _record(row: Any, where: str, home: Path) -> Record:

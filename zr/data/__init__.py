@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zr.data.annotation import Aggregate as Aggregate
+    from zr.data.annotation import AnnotatorAudit as AnnotatorAudit
+    from zr.data.annotation import Item as Item
+    from zr.data.annotation import Removal as Removal
     from zr.data.annotation import aggregate as aggregate
+    from zr.data.annotation import audit as audit
+    from zr.data.annotation import collect as collect
+    from zr.data.annotation import krippendorff_alpha as krippendorff_alpha
+    from zr.data.annotation import removal as removal
     from zr.data.batch import AllPairs as AllPairs
     from zr.data.batch import Batch as Batch
     from zr.data.batch import PairPolicy as PairPolicy
+    from zr.data.batch import RandomPairs as RandomPairs
     from zr.data.batch import collate as collate
     from zr.data.module import ScoreData as ScoreData
     from zr.data.record import Annotation as Annotation
@@ -28,16 +36,24 @@ _HOME = {
     "Aggregate": "annotation",
     "AllPairs": "batch",
     "Annotation": "record",
+    "AnnotatorAudit": "annotation",
     "Batch": "batch",
     "Candidate": "record",
     "Index": "shards",
+    "Item": "annotation",
     "LabelledDistribution": "record",
     "PairPolicy": "batch",
+    "RandomPairs": "batch",
     "Record": "record",
+    "Removal": "annotation",
     "ScoreData": "module",
     "aggregate": "annotation",
+    "audit": "annotation",
     "collate": "batch",
+    "collect": "annotation",
+    "krippendorff_alpha": "annotation",
     "read_shards": "shards",
+    "removal": "annotation",
     "write_shards": "shards",
 }
 

@@ -15,7 +15,7 @@ from zr.data.annotation import aggregate
 from zr.data.record import Record, decode
 from zr.rubric import Scale
 
-__all__ = ["AllPairs", "Batch", "PairPolicy", "collate"]
+__all__ = ["AllPairs", "Batch", "PairPolicy", "RandomPairs", "collate"]
 
 
 @dataclass
@@ -149,6 +149,38 @@ class AllPairs:
             if frozenset((i, j)) not in chosen and (self.ties if tie else abs(gap) >= self.minimum_gap - 1e-6):
                 found.append((i, j, 0.5 if tie else float(gap > 0)))
         return found + [choice for choice in preferences if self.ties or choice[2] != 0.5]
+
+
+class RandomPairs:
+    """At most ``count`` pairs of each prompt and dimension, drawn anew in every epoch.
+
+    With many images per prompt the pairs grow by their square, and say little that a few of them do not.
+
+    Args:
+        count: how many; all where there are not more.
+        among: the policy whose pairs are drawn from, which decides on gaps and ties; :class:`AllPairs` for None.
+
+    Raises:
+        ValueError: a count below one.
+
+    Example:
+        >>> scores = {i: float(i) for i in range(5)}
+        >>> len(AllPairs()(scores, [], random.Random(0))), len(RandomPairs(3)(scores, [], random.Random(0)))
+        (10, 3)
+    """
+
+    def __init__(self, count: int, among: PairPolicy | None = None) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}: for no pairs, give no pair policy")
+        self.count = count
+        self.among = among or AllPairs()
+
+    def __call__(
+        self, scores: Mapping[int, float], preferences: Sequence[tuple[int, int, float]], generator: random.Random
+    ) -> list[tuple[int, int, float]]:
+        """See :class:`PairPolicy`."""
+        found = self.among(scores, preferences, generator)
+        return generator.sample(found, min(self.count, len(found)))
 
 
 def collate(

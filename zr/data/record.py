@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from zr.data.annotation import bin_position
+from zr.data.annotation import bin_position, check_refinement
 from zr.rubric import Scale
 
 __all__ = ["Annotation", "Candidate", "LabelledDistribution", "Record", "decode", "image_type"]
@@ -45,11 +45,13 @@ class Annotation:
 
     Args:
         score: a bin of the scale.
-        refined: moved by half a point after a comparison with the other candidates.
+        refined: seen again in a comparison with the other candidates, which may have moved it by half a point.
+        coarse: the integer of the first round, for a refined score whose first round was kept.
     """
 
     score: float
     refined: bool = False
+    coarse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ class Record:
                 for annotator, annotation in by_annotator.items():
                     try:
                         bin_position(annotation.score, scale.bins)
+                        if annotation.coarse is not None:
+                            if not annotation.refined:
+                                raise ValueError("a coarse score stands beside a refined one only: say refined: true")
+                            check_refinement(annotation.score, annotation.coarse)
+                            bin_position(annotation.coarse, scale.bins)
                     except ValueError as error:
                         place = f"record {self.key!r}, candidate {name!r}, scores.{dimension}.{annotator}"
                         bins = ", ".join(f"{b:g}" for b in scale.bins)
@@ -188,13 +195,12 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data without the images, which :meth:`from_dict` takes beside it.
 
-        A score is a number or ``{"score": 4.5, "refined": true}``, a preference ``[a, b, share]``. Empty parts are left out.
+        A score is a number or ``{"score": 4.5, "refined": true, "coarse": 4}``, a preference ``[a, b, share]``. Empty
+        parts are left out.
         """
         scores = {
             dimension: {
-                name: {
-                    who: {"score": float(a.score), "refined": True} if a.refined else float(a.score) for who, a in by.items()
-                }
+                name: {who: _plain_annotation(annotation) for who, annotation in by.items()}
                 for name, by in by_candidate.items()
             }
             for dimension, by_candidate in self.scores.items()
@@ -282,11 +288,20 @@ def decode(candidate: Candidate, key: str) -> Tensor:
     return pixels
 
 
+def _plain_annotation(annotation: Annotation) -> float | dict[str, float | bool]:
+    score = float(annotation.score)
+    if not annotation.refined and annotation.coarse is None:
+        return score
+    coarse = {} if annotation.coarse is None else {"coarse": float(annotation.coarse)}
+    return {"score": score, "refined": annotation.refined, **coarse}
+
+
 def _annotation(value: Any, place: str) -> Annotation:
     if isinstance(value, Mapping):
-        entry = _fields(value, place, required=("score",), optional=("refined",))
+        entry = _fields(value, place, required=("score",), optional=("refined", "coarse"))
         _check_type(entry.get("refined", False), bool, f"{place}.refined")
-        return Annotation(_number(entry["score"], f"{place}.score"), entry.get("refined", False))
+        coarse = _number(entry["coarse"], f"{place}.coarse") if "coarse" in entry else None
+        return Annotation(_number(entry["score"], f"{place}.score"), entry.get("refined", False), coarse)
     return Annotation(_number(value, place))
 
 

@@ -2,20 +2,28 @@
 
 from zr.metrics.bootstrap import Interval, Statistic, bootstrap_difference, bootstrap_interval
 from zr.metrics.calibration import (
+    Coverage,
     ExpectedCalibrationError,
+    OffScaleMass,
     RankedProbabilityScore,
     ReliabilityCurve,
     VotesNegativeLogLikelihood,
     reliability,
 )
 from zr.metrics.correlation import plcc, srcc
+from zr.metrics.coupling import Coupling, coupling_distances
 from zr.metrics.evaluation import compare, evaluate
-from zr.metrics.preference import HPA, hpa, pair_counts, same_prompt_pairs
+from zr.metrics.preference import GSB, HPA, GoodSameBad, gsb, hpa, pair_counts, same_prompt_pairs
 
 __all__ = [
+    "GSB",
     "HPA",
+    "Coupling",
+    "Coverage",
     "ExpectedCalibrationError",
+    "GoodSameBad",
     "Interval",
+    "OffScaleMass",
     "RankedProbabilityScore",
     "ReliabilityCurve",
     "Statistic",
@@ -23,7 +31,9 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_interval",
     "compare",
+    "coupling_distances",
     "evaluate",
+    "gsb",
     "hpa",
     "pair_counts",
     "plcc",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torchmetrics import Metric
 
+from zr.metrics.plotting import Plotted
 from zr.scores import ScoreDistribution
 
-__all__ = ["HPA", "hpa", "pair_counts", "same_prompt_pairs"]
+__all__ = ["GSB", "HPA", "GoodSameBad", "gsb", "hpa", "pair_counts", "same_prompt_pairs"]
 
 TOLERANCE = 1e-6  # closer than this is equal: 11/3 - 19/6 is not above 0.5
 MARGIN = 0.5  # score units, of margin HPA
+HALF_BIN = 0.25  # score units: half of a half-point bin
 
 
-class HPA(Metric):
+class HPA(Plotted):
     r"""Human preference accuracy: the share of same-prompt pairs that the expected scores put in the annotated order.
 
     Pairs with :math:`|s_a - s_b| >` ``margin`` count, correct where :math:`(\mu_a - \mu_b)(s_a - s_b) > 0`; equal means are
@@ -76,7 +77,7 @@ class HPA(Metric):
         """
         mu = prediction.mean if isinstance(prediction, ScoreDistribution) else prediction
         take = torch.ones_like(mu, dtype=torch.bool) if known is None else known
-        _check_items({"prediction": mu, "score": score, "prompt_index": prompt_index, "known": take})
+        _check_items("HPA", {"prediction": mu, "score": score, "prompt_index": prompt_index, "known": take})
         # On the host, where float64 is to be had on every machine.
         means, scores, prompts = (t.detach()[take].cpu() for t in (mu, score, prompt_index))
         correct, total = pair_counts(means.double().numpy(), scores.double().numpy(), prompts.numpy(), self.margin)
@@ -116,6 +117,139 @@ def hpa(mu: ArrayLike, score: ArrayLike, prompt: ArrayLike, weight: ArrayLike | 
         return (times @ correct) / (times @ total)
 
 
+class GoodSameBad(NamedTuple):
+    """How often the first of two images was better, as good, and worse.
+
+    Attributes:
+        good: number of comparisons that the first wins.
+        same: number with means inside the band.
+        bad: number that it loses.
+    """
+
+    good: Tensor
+    same: Tensor
+    bad: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """(Good - Bad) / (Good + Same + Bad), in [-1, 1]; NaN without comparisons."""
+        return (self.good - self.bad) / (self.good + self.same + self.bad)
+
+
+class GSB(Plotted):
+    r"""Good-Same-Bad: how often one image of a prompt is scored above another, less how often below, as a share of all.
+
+    Same where :math:`|\mu_a - \mu_b| \le` ``band``, up to 1e-6, in float64. The value is (Good - Bad) / (Good + Same + Bad),
+    in [-1, 1], NaN without comparisons; :meth:`counts` has its three parts. Sums are reduced over processes. For its interval
+    give :func:`gsb` to :func:`zr.metrics.bootstrap_interval`.
+
+    Args:
+        band: means that differ by no more are the same, in score units. The default is half a bin of the half-point scale;
+            give half a bin of yours.
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: a negative band.
+
+    Reference: Z-Reward (arXiv 2606.09076), eq. (21).
+
+    Example:
+        >>> metric = GSB()
+        >>> metric.update(torch.tensor([4.0, 3.0, 3.0, 5.0]), torch.tensor([3.0, 3.25, 3.5, 4.0]))
+        >>> metric.compute().item(), [int(count) for count in metric.counts()]                     # (2 - 1) / 4
+        (0.25, [2, 1, 1])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    good: Tensor
+    same: Tensor
+    bad: Tensor
+
+    def __init__(self, band: float = HALF_BIN, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.band = _checked_band(band)
+        for name in GoodSameBad._fields:
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, first: ScoreDistribution | Tensor, second: ScoreDistribution | Tensor, known: Tensor | None = None
+    ) -> None:
+        """Count the comparisons of a batch.
+
+        Args:
+            first: ``(N,)`` distributions of the images that shall win, or their means in score units.
+            second: ``(N,)`` those of the images they are compared with, of the same prompts.
+            known: ``(N,)`` bool, which comparisons to take; None for all.
+
+        Raises:
+            ValueError: shapes that differ, a NaN among the comparisons taken.
+        """
+        a, b = (q.mean if isinstance(q, ScoreDistribution) else q for q in (first, second))
+        take = torch.ones_like(a, dtype=torch.bool) if known is None else known
+        _check_items("GSB", {"first": a, "second": b, "known": take})
+        x, y = (t.detach()[take].cpu().double().numpy() for t in (a, b))
+        outcome = _outcomes(x, y, self.band)
+        self.good += int((outcome > 0).sum())
+        self.same += int((outcome == 0).sum())
+        self.bad += int((outcome < 0).sum())
+
+    def compute(self) -> Tensor:
+        """(Good - Bad) / (Good + Same + Bad), in [-1, 1]; NaN without comparisons."""
+        return self._counts().score
+
+    def counts(self) -> GoodSameBad:
+        """Good, same and bad over all processes: every process must ask for it."""
+        with self.sync_context():
+            return self._counts()
+
+    def _counts(self) -> GoodSameBad:
+        return GoodSameBad(self.good.clone(), self.same.clone(), self.bad.clone())
+
+
+def gsb(
+    first: ArrayLike,
+    second: ArrayLike,
+    prompt: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    band: float = HALF_BIN,
+) -> Any:
+    """Good-Same-Bad, eq. (21), of weighted comparisons: the statistic behind :class:`GSB`, for the bootstrap.
+
+    Args:
+        first: ``(N,)`` expected scores of the images that shall win.
+        second: ``(N,)`` those of the images they are compared with, of the same prompts.
+        prompt: has no influence: each item is a comparison of its own.
+        weight: ``(..., N)``, how often each item counts; None for once.
+        band: means that differ by no more are the same, in score units; half a bin of the half-point scale.
+
+    Returns:
+        ``(...)`` float64 in [-1, 1]; NaN without comparisons.
+
+    Raises:
+        ValueError: lengths that differ, a NaN, a negative band.
+
+    Example:
+        >>> from zr.metrics import bootstrap_interval
+        >>> new, old, prompt = [4.0, 3.0, 3.0, 5.0], [3.0, 3.25, 3.5, 4.0], ["cat", "dog", "owl", "bee"]
+        >>> float(gsb(new, old)), float(gsb(new, old, band=0.5))              # (2 - 1) / 4 and (2 - 0) / 4
+        (0.25, 0.5)
+        >>> bootstrap_interval(gsb, new, old, prompt).estimate
+        0.25
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"first and second must be (N,) of one length, got {a.shape} and {b.shape}")
+    outcome = _outcomes(a, b, _checked_band(band))
+    times = np.ones(len(outcome)) if weight is None else np.asarray(weight, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return (times @ outcome) / times.sum(-1)
+
+
 def pair_counts(
     mu: ArrayLike, score: ArrayLike, prompt: ArrayLike, margin: float = 0.0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -143,9 +277,7 @@ def pair_counts(
         raise ValueError(
             f"mu, score and prompt must be (N,) of one length, got {means.shape}, {scores.shape} and {prompts.shape}"
         )
-    for name, values in (("mu", means), ("score", scores)):
-        if np.isnan(values).any():
-            raise ValueError(f"{name} is NaN at item {int(np.isnan(values).argmax())}: leave unknown items out")
+    _check_numbers({"mu": means, "score": scores})
     first, second = same_prompt_pairs(prompts)
     gap = scores[first] - scores[second]
     counts = np.abs(gap) > margin + TOLERANCE
@@ -174,7 +306,26 @@ def same_prompt_pairs(prompt: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.
     return order[first], order[first + step]
 
 
-def _check_items(items: dict[str, Tensor]) -> None:
+def _outcomes(first: NDArray[np.float64], second: NDArray[np.float64], band: float) -> NDArray[np.int64]:
+    """``(N,)``: 1 where the first is better, 0 inside the band, -1 where it is worse."""
+    _check_numbers({"first": first, "second": second})
+    gap = first - second
+    return np.where(np.abs(gap) <= band + TOLERANCE, 0, np.sign(gap)).astype(np.int64)
+
+
+def _checked_band(band: float) -> float:
+    if not band >= 0:
+        raise ValueError(f"band must not be negative, got {band}: it is the largest difference that counts as the same")
+    return band
+
+
+def _check_numbers(values: dict[str, NDArray[np.float64]]) -> None:
+    for name, numbers in values.items():
+        if np.isnan(numbers).any():
+            raise ValueError(f"{name} is NaN at item {int(np.isnan(numbers).argmax())}: leave unknown items out")
+
+
+def _check_items(metric: str, items: dict[str, Tensor]) -> None:
     shapes = {name: tuple(t.shape) for name, t in items.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
-        raise ValueError(f"HPA needs tensors (N,) of one length, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+        raise ValueError(f"{metric} needs tensors (N,) of one length, got {', '.join(f'{n} {s}' for n, s in shapes.items())}")

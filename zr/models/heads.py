@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
 
 from zr.rubric import Rubric
 
-__all__ = ["Backbone", "Head", "LinearHead", "ScoreTokenHead"]
+__all__ = ["Backbone", "Head", "LinearHead", "OrdinalHead", "ScoreTokenHead", "ordinal_log_probs"]
 
 
 class Backbone(Protocol):
@@ -107,3 +108,76 @@ class LinearHead(Head):
         """Logits by the weights of each dimension."""
         weight, bias = self.weight[dimension_index].float(), self.bias[dimension_index].float()
         return torch.einsum("bdh,dkh->bdk", features.float(), weight) + bias
+
+
+def ordinal_log_probs(scalar: Tensor, first: Tensor, gaps: Tensor) -> Tensor:
+    r"""Log-probabilities of K ordered bins from one scalar: :math:`P(\text{bin} > k) = \sigma(z - t_k)`.
+
+    The thresholds :math:`t_1 < \dots < t_{K-1}` are ``first`` and, each ``softplus(gap)`` further, the others. The probability
+    of a bin is the difference of two sigmoids, which is a product, so that nothing cancels however far z is:
+    :math:`\sigma(a) - \sigma(b) = \sigma(a) \, \sigma(-b) \, (1 - e^{b - a})`, whose last factor is :math:`\sigma(gap)`.
+
+    Args:
+        scalar: ``(...)``, z.
+        first: ``(...)``, :math:`t_1`; broadcasts with ``scalar``.
+        gaps: ``(..., K - 2)``, any real numbers.
+
+    Returns:
+        ``(..., K)``, whose exponentials sum to one. The mean over ascending bins rises with the scalar, strictly.
+
+    Reference: McCullagh 1980, Regression models for ordinal data (cumulative logits).
+
+    Example:
+        >>> z = torch.tensor([0.0, 2.0])
+        >>> ordinal_log_probs(z, torch.tensor(0.0), torch.empty(0)).exp()         # two bins: one sigmoid
+        tensor([[0.5000, 0.5000],
+                [0.1192, 0.8808]])
+        >>> ordinal_log_probs(z, torch.tensor(-1.0), torch.tensor([1.8546])).exp()       # thresholds -1 and 1
+        tensor([[0.2689, 0.4621, 0.2689],
+                [0.0474, 0.2215, 0.7311]])
+    """
+    thresholds = torch.cat([first[..., None], first[..., None] + softplus(gaps).cumsum(-1)], dim=-1)
+    distance = scalar[..., None] - thresholds
+    above, below = logsigmoid(distance), logsigmoid(-distance)
+    between = logsigmoid(gaps).expand(*distance.shape[:-1], -1)
+    inner = above[..., :-1] + below[..., 1:] + between
+    return torch.cat([below[..., :1], inner, above[..., -1:]], dim=-1)
+
+
+class OrdinalHead(Head):
+    """One scalar per dimension, and ordered thresholds that make a distribution over the bins of it.
+
+    The head of scalar reward models (ImageReward, PickScore, HPS) that answers with a distribution all the same: its mean
+    rises with the scalar, so whatever order the scalar gives is the order of the scores. It can say how sure it is only by
+    where the scalar stands between the thresholds: two peaks are beyond it.
+
+    Args:
+        backbone: gives the width of the features, and by its rubric the number of dimensions and bins.
+
+    Shape: features ``(B, D, H)`` -> logits ``(B, D, K)``, which are log-probabilities by :func:`ordinal_log_probs`. A scalar of
+    zero starts with equal bins.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> head = OrdinalHead(SimpleNamespace(hidden_size=8, rubric=Rubric.load("zr:direct")))
+        >>> head(torch.zeros(1, 2, 8), torch.tensor([0, 3])).exp()[0, 1].mul(9).round().tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        dimensions, bins, width = len(backbone.rubric.dimensions), len(backbone.rubric.bins), backbone.hidden_size
+        equal = torch.logit(torch.arange(1, bins, dtype=torch.float64) / bins)
+        self.weight = nn.Parameter(torch.empty(dimensions, width))
+        self.first = nn.Parameter(equal[:1].float().repeat(dimensions))
+        self.gaps = nn.Parameter(equal.diff().expm1().log().float().repeat(dimensions, 1))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def scalar(self, features: Tensor, dimension_index: Tensor) -> Tensor:
+        """``(B, D)`` scalars: without unit, comparable within a dimension."""
+        return torch.einsum("bdh,dh->bd", features.float(), self.weight[dimension_index].float())
+
+    def forward(self, features: Tensor, dimension_index: Tensor) -> Tensor:
+        """Log-probabilities of the bins."""
+        first, gaps = self.first[dimension_index].float(), self.gaps[dimension_index].float()
+        return ordinal_log_probs(self.scalar(features, dimension_index), first, gaps)

@@ -1,18 +1,23 @@
-"""Text to ids: the rubric's wording in the family's chat template, with user text spliced in as data."""
+"""Text to ids: the rubric's wording in the family's chat template, or a bare prompt; what users wrote is data."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from zr.rubric import Rubric
 
-__all__ = ["PromptBuilder"]
+__all__ = ["ContextPrompts", "PromptBuilder"]
 
 # Stand-ins while the template is rendered; the text is cut at them, so whatever a user writes never meets the template.
 _PROMPT, _INSTRUCTION = "\ue000zr-prompt\ue001", "\ue000zr-instruction\ue001"
@@ -135,6 +140,100 @@ class PromptBuilder:
             pairs = ", ".join(f"{label!r} -> {i}" for label, i in zip(self.rubric.wording.labels, found, strict=True))
             raise ValueError(f"wording.labels must be different tokens of this tokenizer: {pairs}")
         return found
+
+
+class ContextPrompts:
+    """Prompts as rows of one length, as the text towers of the CLIP family want them.
+
+    What somebody wrote is data here too: ``<end_of_text>`` in a prompt is some punctuation and words, where the tokenizer's
+    own call makes it the token at which the tower stops reading. All other text gets the ids that the tokenizer itself gives.
+
+    Args:
+        tokenizer: of open_clip: its ``SimpleTokenizer`` (byte pairs), or an ``HFTokenizer`` around a fast tokenizer.
+        length: the context of the text tower, in tokens.
+        truncate: cut prompts that are longer, with a warning, rather than refuse them.
+
+    Raises:
+        ValueError: a tokenizer of another kind, or one that drops words at random.
+
+    Example:
+        >>> prompts = ContextPrompts(SimpleTokenizer(), length=8)
+        >>> prompts(["a red ring"]).tolist()
+        [[49406, 320, 736, 2540, 49407, 0, 0, 0]]
+    """
+
+    def __init__(self, tokenizer: Any, length: int, truncate: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.length = length
+        self.truncate = truncate
+        self._read: Callable[[str], tuple[list[int], int]]
+        match tokenizer:
+            case SimpleTokenizer() if tokenizer.reduction_fn is None:
+                self._read, self._pad = _byte_pairs(tokenizer, length), 0
+            case HFTokenizer() if not tokenizer.tokenizer_mode:
+                self._read, self._pad = _fast(tokenizer, length), tokenizer.tokenizer.pad_token_id
+            case _:
+                raise ValueError(
+                    "the text tower takes open_clip's SimpleTokenizer without a reduction mask, or its HFTokenizer without "
+                    f"tokenizer_mode; got {type(tokenizer).__name__}"
+                )
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """``(B, length)`` ids, padded on the right.
+
+        Raises:
+            ValueError: prompts longer than the context, unless they shall be truncated; text that the tokenizer can only
+                write with a special token.
+        """
+        rows, sizes = zip(*map(self._read, prompts), strict=True)
+        over = [(index, size) for index, size in enumerate(sizes) if size > self.length]
+        if over:
+            longest = max(size for _, size in over)
+            found = (
+                f"{len(over)} of {len(prompts)} prompts are longer than the {self.length} tokens that the text tower reads "
+                f"(first prompt {over[0][0]}: {prompts[over[0][0]][:60]!r}; the longest has {longest} tokens)"
+            )
+            if not self.truncate:
+                raise ValueError(f"{found}: shorten them, or build the backbone with truncate=True")
+            warnings.warn(f"{found}: what stands behind is not read", stacklevel=2)
+        return torch.tensor([row + [self._pad] * (self.length - len(row)) for row in rows])
+
+
+def _byte_pairs(tokenizer: SimpleTokenizer, length: int) -> Callable[[str], tuple[list[int], int]]:
+    """Text to ids of at most ``length`` tokens, and the number of tokens uncut."""
+    plain = copy.copy(tokenizer)  # one that knows no special tokens
+    special = "|".join(tokenizer.decoder[i] for i in tokenizer.all_special_ids) + "|"
+    plain.pat = regex.compile(tokenizer.pat.pattern.removeprefix(special), regex.IGNORECASE)
+    plain.cache = {}
+
+    def read(text: str) -> tuple[list[int], int]:
+        ids = plain.encode(text)
+        return [tokenizer.sot_token_id, *ids[: length - 2], tokenizer.eot_token_id], len(ids) + 2
+
+    return read
+
+
+def _fast(tokenizer: HFTokenizer, length: int) -> Callable[[str], tuple[list[int], int]]:
+    """The same for a tokenizer of transformers, whose own template says where its special tokens stand."""
+    inner = tokenizer.tokenizer
+    plain = _without_added_tokens(inner)
+    data = json.loads(inner.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    template = Tokenizer.from_str(json.dumps(data))
+    around = template.num_special_tokens_to_add(False)
+    special = set(inner.all_special_ids) - {inner.unk_token_id}
+
+    def read(text: str) -> tuple[list[int], int]:
+        words = plain.encode(tokenizer.clean_fn(text), add_special_tokens=False)
+        size = len(words.ids) + around
+        if special.intersection(words.ids):
+            raise ValueError(f"the tokenizer turns the text {text[:60]!r} into special tokens: reword it")
+        words.truncate(length - around)
+        ids = list(template.post_process(words).ids)
+        if tokenizer.strip_sep_token:
+            ids = [0 if i == inner.sep_token_id else i for i in ids]
+        return ids, size
+
+    return read
 
 
 def _without_added_tokens(tokenizer: Any) -> Tokenizer:

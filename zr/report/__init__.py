@@ -1,7 +1,7 @@
 """Tables and pictures of a run, in one self-contained HTML file. Text that users wrote is data here, and escaped."""
 
 from zr.report.cards import Card, Judgement, cards
-from zr.report.figures import Figure, Panel, curves, hpa_bars, reliability_panels, scatter
+from zr.report.figures import Figure, Panel, curves, histograms, hpa_bars, reliability_panels, scatter
 from zr.report.page import Page, Section, render, write_page
 from zr.report.tables import Estimate, Table, dimension_table, scorer_table
 
@@ -17,6 +17,7 @@ __all__ = [
     "cards",
     "curves",
     "dimension_table",
+    "histograms",
     "hpa_bars",
     "reliability_panels",
     "render",

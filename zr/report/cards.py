@@ -153,7 +153,7 @@ class Card:
 
     Args:
         prompt: what the image was asked to show.
-        judgements: one for each dimension.
+        judgements: one for each dimension; none for a picture that no model has seen.
         image: ``(3, H, W)`` uint8 RGB, or None.
         title: a short name, such as the image's key.
         note: one line below.

@@ -23,7 +23,7 @@ from zr.metrics import ReliabilityCurve
 from zr.report.tables import UNDEFINED, Estimate
 from zr.report.text import plain
 
-__all__ = ["Figure", "Panel", "curves", "hpa_bars", "reliability_panels", "scatter"]
+__all__ = ["Figure", "Panel", "curves", "histograms", "hpa_bars", "reliability_panels", "scatter"]
 
 SERIES = ("#3b74b8", "#d9822b", "#2a9183", "#a2559c", "#8a7a2f")
 INK, MUTED, RULE = "#2b2f36", "#667080", "#c9cdd3"
@@ -227,6 +227,39 @@ def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], ti
         return Panel(_svg(draw, (3.0, 2.0)), name, f"last {_text(last[0])}" if len(last) == 1 else "")
 
     return Figure(title, [panel(name, series) for name, series in panels.items()])
+
+
+def histograms(votes: Mapping[str, Sequence[float]], bins: Sequence[float]) -> Figure:
+    """How often each score was given, one panel for each dimension.
+
+    Args:
+        votes: by dimension, K counts.
+        bins: K scores.
+
+    Raises:
+        ValueError: counts that do not fit the bins.
+
+    Example:
+        >>> figure = histograms({"realism": [1, 0, 3]}, bins=(1, 3, 5))
+        >>> [(panel.title, panel.note) for panel in figure.panels]
+        [('realism', '4 scores')]
+    """
+    for name, counts in votes.items():
+        if len(counts) != len(bins):
+            raise ValueError(f"histograms needs one count per bin: {name} has {len(counts)} for {len(bins)} bins")
+
+    def panel(name: str, counts: Sequence[float]) -> Panel:
+        def draw(axes: Axes) -> None:
+            axes.bar(range(len(bins)), counts, width=0.8, color=SERIES[0], linewidth=0)
+            axes.set(xlabel="score", ylabel="scores given")
+            step = -(-len(bins) // 10)  # most labels that fit
+            axes.set_xticks(range(0, len(bins), step), [f"{score:g}" for score in bins[::step]])
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.grid(visible=False, axis="x")
+
+        return Panel(_svg(draw, (2.6, 1.9)), name, f"{sum(counts):,g} scores")
+
+    return Figure("Scores given", [panel(name, counts) for name, counts in votes.items()])
 
 
 def hpa_bars(

@@ -1,13 +1,16 @@
-"""Vision-language models small enough to train on a laptop: the real classes of transformers, random weights."""
+"""Models small enough to train on a laptop: the real classes of transformers and open_clip, random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
@@ -19,10 +22,11 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from zr.models.backbones.clip import CLIPBackbone, build_clip
 from zr.models.backbones.vlm import VLMBackbone
 from zr.rubric import Rubric
 
-__all__ = ["tiny_qwen3_5", "tiny_qwen3_vl"]
+__all__ = ["tiny_clip", "tiny_qwen3_5", "tiny_qwen3_vl"]
 
 PATCH, MERGE = 8, 2
 
@@ -114,6 +118,76 @@ def tiny_qwen3_5(
         vision={"hidden_size": vision_size, "depth": vision_layers},
         seed=seed,
     )
+
+
+def tiny_clip(
+    rubric: Rubric,
+    vocabulary: Callable[[], Sequence[str]],
+    image_size: int = 48,
+    embedding: int = 64,
+    width: int = 64,
+    layers: int = 2,
+    context: int = 32,
+    truncate: bool = False,
+    seed: int = 0,
+) -> CLIPBackbone:
+    """A CLIP of about a quarter of a million parameters, with a word for a token.
+
+    Args:
+        rubric: the scale.
+        vocabulary: gives the words of the tokenizer, such as :func:`zr.data.shapes.vocabulary`.
+        image_size: side of the pictures that it reads, a multiple of 8; others are resized.
+        embedding: width of the embeddings; the features are three times as wide.
+        width: of both towers, a multiple of 16.
+        layers: depth of both towers.
+        context: number of tokens that the text tower reads, two of them its own.
+        truncate: cut longer prompts, with a warning.
+        seed: of the initial weights.
+
+    Returns:
+        A backbone with random weights.
+
+    Example:
+        >>> from zr.data import shapes
+        >>> backbone = tiny_clip(shapes.rubric(), shapes.vocabulary)
+        >>> backbone.features(torch.rand(2, 3, 48, 48), [shapes.prompts("train")[0]] * 2, ["realism"]).shape
+        torch.Size([2, 1, 192])
+    """
+    tokenizer = _clip_tokenizer(vocabulary(), context)
+    heads = {"width": width, "layers": layers, "mlp_ratio": 2.0}
+    config: dict[str, Any] = {
+        "model_cfg": {
+            "embed_dim": embedding,
+            "vision_cfg": {"image_size": image_size, "patch_size": PATCH, "head_width": 16, **heads},
+            "text_cfg": {
+                "context_length": context,
+                "vocab_size": len(tokenizer.tokenizer),
+                "heads": width // 16,
+                "hf_tokenizer_name": "in this folder",
+                **heads,
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPBackbone(build_clip(config["model_cfg"]), tokenizer, config, rubric, truncate)
+
+
+def _clip_tokenizer(vocabulary: Sequence[str], length: int) -> HFTokenizer:
+    """A word-level tokenizer; the end has the highest id, by which CLIP's text tower finds it."""
+    split = pre_tokenizers.Whitespace()
+    words = dict.fromkeys(word for text in vocabulary for word, _ in split.pre_tokenize_str(text))
+    ids = {word: i for i, word in enumerate(("[PAD]", "[UNK]", *words, "[START]", "[END]"))}
+    core = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = split
+    ends = [(token, ids[token]) for token in ("[START]", "[END]")]
+    core.post_processor = TemplateProcessing(single="[START] $A [END]", special_tokens=ends)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[START]", "eos_token": "[END]"}
+    with TemporaryDirectory() as folder:  # open_clip reads tokenizers from folders only
+        PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+        return HFTokenizer(folder, context_length=length, trust_remote_code=False)
 
 
 INITIAL = 0.08
