@@ -44,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("zr: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"zr {args[0]}: {error}", file=sys.stderr)
+        print(f"zr {args[0]}: {_harmless(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _harmless(text: str) -> str:
+    """An error may quote a user's text, which must not steer the terminal: controls are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in text)
 
 
 if __name__ == "__main__":

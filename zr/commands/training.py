@@ -70,8 +70,8 @@ def run(args: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: ``--ckpt_path last`` for a run that has no checkpoint.
-        ValueError: a trainer that this machine cannot give; a checkpoint that holds more than tensors and plain values, which is
-            not loaded.
+        ValueError: a trainer that this machine cannot give; a checkpoint that holds more than tensors and plain values, which
+            is not loaded.
     """
     command, *options = args
     checkpoint = None
@@ -80,8 +80,9 @@ def run(args: Sequence[str]) -> None:
         folder = Path(cli.config.run)
         checkpoint = _newest(folder) if cli.config.ckpt_path == "last" else cli.config.ckpt_path
         extra = {"return_predictions": False} if command == "predict" else {}
-        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in cli.trainer.callbacks):
-            cli.trainer.callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
+        callbacks: list[L.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in callbacks):
+            callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
         action = getattr(cli.trainer, command)
         action(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, **extra)
     except MisconfigurationException as error:

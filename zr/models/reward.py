@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -209,21 +210,36 @@ def load(source: str | Path, head: Callable[..., Head] | None = None) -> RewardM
     pickles = [p.name for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
     if pickles:
         raise ValueError(f"{folder} holds {pickles[0]}, which could run code when loaded: only safetensors are read; remove it")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {about.get('format')}; this zr {__version__} reads format {FORMAT}")
+    about = _about(folder)
     rubric = Rubric.load(folder / "rubric.yaml")
     if rubric.scale_id != about["scale_id"]:
         raise ValueError(f"{folder}/rubric.yaml has scale {rubric.scale_id}, the model learned scale {about['scale_id']}")
-    backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", rubric)
+    try:
+        backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", rubric)
+        saved = load_file(folder / "head.safetensors") if (folder / "head.safetensors").is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{folder} holds a damaged safetensors file ({error}): copy or save the model again") from None
     built = (head or _class(about["head"], folder))(backbone, **about["head_config"])
     own = _own_tensors(built, backbone)
-    saved = load_file(folder / "head.safetensors") if (folder / "head.safetensors").is_file() else {}
     shapes, found = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (own, saved))
     if shapes != found:
         raise ValueError(f"{folder}/head.safetensors does not fit {type(built).__name__}: it needs {shapes}, there is {found}")
     built.load_state_dict(saved, strict=False)
     return RewardModel(backbone, built, rubric).eval()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a model's folder says about itself, checked."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/{ABOUT} is not JSON ({error}): copy or save the model again") from None
+    fields = {"format", "backbone", "head", "head_config", "scale_id"}
+    if not isinstance(about, dict) or not fields <= set(about):
+        raise ValueError(f"{folder}/{ABOUT} must be an object with {', '.join(sorted(fields))}: copy or save the model again")
+    if about["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {about['format']}; this zr {__version__} reads format {FORMAT}")
+    return about
 
 
 def _own_tensors(head: nn.Module, backbone: nn.Module) -> dict[str, Tensor]:
@@ -240,7 +256,10 @@ def _class(path: str, folder: Path) -> Any:
             f"{folder} uses {path}, a class outside zr, which a folder may not choose: pass a head as load(..., head={name}), "
             "build a model with a backbone of your own by hand"
         )
-    found = getattr(import_module(module), name)
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"{folder} uses {path}, which this zr {__version__} does not have: a newer one may") from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{folder} uses {path}, which is no part of a model")
     return found
