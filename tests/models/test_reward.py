@@ -169,9 +169,11 @@ def test_a_head_that_does_not_fit(backbone, tmp_path):
         load(tmp_path / "linear")
 
 
-def test_rubric_of_the_backbone_is_the_one_that_is_kept(thinker, tmp_path, pictures):
-    """A model may be handed another wording of its scale; what it was asked by is what must come back."""
-    model = RewardModel(thinker, ScoreTokenHead(thinker), shapes.rubric())
+def test_wording_is_the_backbones(thinker, tmp_path, pictures):
+    """Another wording is refused, and the one that was asked comes back from the disk."""
+    with pytest.raises(ValueError, match="asks in another wording"):
+        RewardModel(thinker, ScoreTokenHead(thinker), shapes.rubric())
+    model = compose(thinker, ScoreTokenHead)
     model.save_pretrained(tmp_path / "model")
     assert torch.equal(scores(zr.load(tmp_path / "model"), pictures).logits, scores(model, pictures).logits)
 

@@ -13,10 +13,11 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 __all__ = ["run"]
 
+# Arguments that take several values on the shell are named here; the rest follows from the functions.
 # Module -> its functions by subcommand, or its function. Named here, imported when used: `zr configs` needs no torch.
 SUBCOMMANDS: dict[str, tuple[str, ...]] = {"shards": ("write",)}
-POSITIONAL: dict[str, dict[str, tuple[str, type]]] = {
-    "score": {"images": ("+", Path)},
+SEVERAL: dict[str, dict[str, tuple[str, type]]] = {
+    "score": {"images": ("+", Path), "--dimensions": ("+", str)},
     "configs": {"name": ("?", str)},
     "demo": {},
 }
@@ -45,9 +46,9 @@ def run(args: Sequence[str]) -> None:
         return
     function = getattr(module, name)
     parser = _parser(function, f"zr {name}")
-    for argument, (count, kind) in POSITIONAL[name].items():
+    for argument, (count, kind) in SEVERAL[name].items():
         parser.add_argument(argument, nargs=count, type=kind)
-    parser.add_function_arguments(function, skip=set(POSITIONAL[name]))
+    parser.add_function_arguments(function, skip={argument.lstrip("-") for argument in SEVERAL[name]})
     function(**parser.parse_args(rest).as_dict())
 
 

@@ -60,9 +60,16 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
         ("measure on held-out prompts", folder / "results.json", lambda: _measure(folder, seed)),
         ("report", folder / "report.html", lambda: _report(folder)),
     ]
-    settings = {"seed": seed, "prompts": PROMPTS}
+    settings = {"zr": __version__, "seed": seed, "prompts": PROMPTS, "candidates": CANDIDATES}
     _same_settings(folder, settings)
-    _quiet()
+    with warnings.catch_warnings():
+        _quiet()
+        took = _run(console, parts, seconds)
+    _show(console, folder, took)
+
+
+def _run(console: Console, parts: list[tuple[str, Path, Callable[[], None]]], seconds: Path) -> dict[str, float]:
+    """Run the parts that are not done; the seconds that each took, those of earlier runs included."""
     took: dict[str, float] = json.loads(seconds.read_text()) if seconds.is_file() else {}
     for number, (what, product, action) in enumerate(parts, start=1):
         if product.exists():
@@ -72,8 +79,15 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
         begin = time.perf_counter()
         action()
         took[what.split(":")[0].split(" (")[0]] = round(time.perf_counter() - begin, 1)
-        seconds.write_text(json.dumps(took, indent=2) + "\n")
-    _show(console, folder, took)
+        _write_json(seconds, took)
+    return took
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: that a file is there means that its part is done."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -113,6 +127,7 @@ def _write(folder: Path, seed: int) -> None:
 def _fit(folder: Path, name: str, start: str, seed: int) -> None:
     from zr.commands.training import run
 
+    shutil.rmtree(folder / name, ignore_errors=True)  # of a training that was interrupted
     options = [
         "--trainer.enable_model_summary=false",
         "--trainer.devices=1",  # the small world has fewer shards than a large machine has devices
@@ -143,8 +158,7 @@ def _measure(folder: Path, seed: int) -> None:
     from zr.commands.measuring import predict
     from zr.data import shapes
     from zr.metrics import compare
-    from zr.models import SamplingRule, Scorer, load
-    from zr.models.reward import reasoning
+    from zr.models import SamplingRule, Scorer, load, reasoning
 
     held_out = _held_out(folder)
     base, tuned = load(folder / "base"), load(folder / "supervised")
@@ -160,7 +174,7 @@ def _measure(folder: Path, seed: int) -> None:
         "supervised - zero-shot": compare(*pair, scores, known, held_out.records, shapes.DIMENSIONS),
     }
     save_file({name: q.probs.contiguous() for name, q in found.items()}, folder / "distributions.safetensors")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _write_json(folder / "results.json", results)
 
 
 def _true_scores(seed: int) -> Tensor:

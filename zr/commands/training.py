@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from transformers.utils.logging import disable_progress_bar
 
 from zr.commands.configs import PREFIX, packaged
 from zr.rubric import Rubric
@@ -74,6 +75,7 @@ def run(args: Sequence[str]) -> None:
             is not loaded.
     """
     command, *options = args
+    disable_progress_bar()  # transformers draws one whenever a model is saved or loaded
     checkpoint = None
     try:
         cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -60,7 +61,7 @@ class RewardModel(nn.Module):
         rubric: scale and wording; its scale must be the backbone's.
 
     Raises:
-        ValueError: a rubric of another scale.
+        ValueError: a rubric of another scale, or a wording that is not the one that the backbone asks with.
     """
 
     def __init__(self, backbone: Backbone, head: Head, rubric: Rubric) -> None:
@@ -70,6 +71,8 @@ class RewardModel(nn.Module):
                 f"the backbone was built for dimensions {list(backbone.rubric.dimensions)} and bins "
                 f"{backbone.rubric.bins}, the rubric has {list(rubric.dimensions)} and {rubric.bins}: use one rubric"
             )
+        if rubric.wording != backbone.rubric.wording:
+            raise ValueError("the backbone asks in another wording than the rubric's: pass backbone.reworded(rubric)")
         self.backbone: Any = backbone
         self.head = head
         self.rubric = rubric
@@ -112,7 +115,7 @@ class RewardModel(nn.Module):
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         self.backbone.save_pretrained(folder / "backbone")
-        self.backbone.rubric.save(folder / "rubric.yaml")  # the wording that its answers come from
+        self.rubric.save(folder / "rubric.yaml")
         kept = {name: tensor.detach().contiguous() for name, tensor in _own_tensors(self.head, self.backbone).items()}
         if kept:
             save_file(kept, folder / "head.safetensors")
@@ -146,7 +149,8 @@ class ReasoningReward(nn.Module):
     Args:
         policy: the model that reasons.
         traces: how many traces are averaged.
-        seed: of the sampling; the same call gives the same scores.
+        seed: of the sampling. A trace is drawn from (seed, prompt, dimension, trace number), so an image gets the same score
+            alone and in any batch.
         rule: how traces are sampled.
 
     Reference: Z-Reward (arXiv 2606.09076), eqs. (1), (2).
@@ -168,13 +172,20 @@ class ReasoningReward(nn.Module):
         names = [self.rubric.dimensions[i] for i in self.rubric.index(dimensions)]
         prefix = self.policy.backbone.encode(images, prompts)
         rows = torch.arange(len(prompts)).repeat_interleave(len(names))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            rollouts = self.policy.sample(
-                prefix=prefix.fork(rows), dimensions=names * len(prompts), group_size=self.traces, rule=self.rule
-            )
+        rollouts = self.policy.sample(
+            prefix=prefix.fork(rows),
+            dimensions=names * len(prompts),
+            group_size=self.traces,
+            rule=self.rule,
+            seeds=[self._seed(p, name, trace) for p in prompts for name in names for trace in range(self.traces)],
+        )
         logits = rollouts.logits.reshape(len(prompts), len(names), self.traces, -1)
         return ScoreDistribution(logits, self.rubric.bins).mixture(-1)
+
+    def _seed(self, prompt: str, dimension: str, trace: int) -> int:
+        """Of one trace: the same alone and in any batch, and shared by the images of a prompt, which are compared."""
+        text = json.dumps([self.seed, prompt, dimension, trace])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def compose(backbone: Backbone, head: Callable[[Backbone], Head]) -> RewardModel:
