@@ -26,8 +26,7 @@ from rich.console import Console
 import zr
 from zr.commands.demo import TRACE, demo
 from zr.data import shapes
-from zr.models import Policy, SamplingRule
-from zr.models.reward import reasoning
+from zr.models import Policy, SamplingRule, reasoning
 from zr.report import Estimate, Table
 
 

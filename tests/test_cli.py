@@ -62,6 +62,21 @@ def test_what_a_user_can_mend_is_one_line(args: list[str], said: str, tmp_path: 
     assert "Traceback" not in err
 
 
+def test_help_of_shards_shows_the_format_as_it_is_written(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["shards", "write", "--help"])
+    out = capsys.readouterr().out
+    assert '"candidates": [{"id": "a", "image": "images/p0001-a.png"}, {"id": "b", "image": "images/p0001-b.jpg"}],' in out
+    assert "--per_shard" in out
+
+
+def test_text_of_a_user_does_not_steer_the_terminal(tmp_path: Path, capsys) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps({"key": "p1", "prompt": "x", "candidates": [], "\x1b[31m\u202e": 1}))
+    assert main(["shards", "write", str(source), str(tmp_path / "out")]) == 1
+    assert r"unknown field \u{1b}[31m\u{202e}" in capsys.readouterr().err
+
+
 def test_unknown_option_in_yaml_is_named(tmp_path: Path, capsys) -> None:
     from zr.commands.configs import packaged
 

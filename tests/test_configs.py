@@ -104,6 +104,30 @@ def test_a_mix_of_losses_is_a_second_file_and_every_command_runs(world: Path, tm
     assert all(sum(probs) == pytest.approx(1.0, abs=1e-5) for line in lines for probs in line["probs"].values())
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each run of a folder logs under a version of its own
+def test_last_is_the_newest_checkpoint_of_the_run_and_predict_writes(world: Path, tmp_path: Path) -> None:
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]
+    recipe = ["--config", "zr:supervised", *places, *quiet]
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint to go on from"):
+        run(["fit", *recipe, "--ckpt_path", "last"])
+    run(["fit", *recipe, "--trainer.max_steps=1"])
+    run(["fit", *recipe, "--trainer.max_steps=2", "--ckpt_path", "last"])
+    steps = sorted(torch.load(file, weights_only=True)["global_step"] for file in tmp_path.rglob("*.ckpt"))
+    losses = [file.read_text().count("\n") for file in sorted(tmp_path.rglob("metrics.csv"))]
+    assert steps == [1, 2]
+    assert losses[1] <= losses[0]  # the second run took one step, not two
+    run(["predict", *recipe, "--ckpt_path", "last"])
+    assert len((tmp_path / "distributions.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_a_trainer_that_the_machine_cannot_give_is_a_plain_error(world: Path, tmp_path: Path) -> None:
+    places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
+    with pytest.raises(ValueError, match="gpu"):
+        run(["fit", "--config", "zr:supervised", *places, "--trainer.accelerator=gpu"])
+
+
 class Payload:
     def __reduce__(self):
         return (open, ("touched", "w"))

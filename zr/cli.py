@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,14 +18,18 @@ COMMANDS = {
     "shards": "write annotated data as WebDataset shards, and inspect them",
     "configs": "list the packaged recipes, or write one out",
 }
-USAGE = "usage: zr COMMAND [options]\n\n{}\n\n`zr COMMAND --help` tells the options; `zr --version` what a bug report needs."
+TRACEBACK = "ZR_TRACEBACK"  # set to anything, it shows where an error came from
+USAGE = (
+    "usage: zr COMMAND [options]\n\n{}\n\n`zr COMMAND --help` tells the options, `zr --version` what a bug report needs; "
+    "{}=1 in the environment shows tracebacks."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; errors that a user can mend are one line, not a traceback."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE.format("\n".join(f"  {name:10}{what}" for name, what in (TRAINING | COMMANDS).items())))
+        print(USAGE.format("\n".join(f"  {name:10}{what}" for name, what in (TRAINING | COMMANDS).items()), TRACEBACK))
         return 0
     if args[0] == "--version":
         from zr.commands.version import describe
@@ -41,12 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from zr.commands import run
         run(args)
     except KeyboardInterrupt:
-        print("zr: interrupted; the same command goes on where it can", file=sys.stderr)
+        print("zr: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"zr {args[0]}: {error}", file=sys.stderr)
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"zr {args[0]}: {_harmless(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _harmless(text: str) -> str:
+    """An error may quote a user's text, which must not steer the terminal: controls are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in text)
 
 
 if __name__ == "__main__":

@@ -211,11 +211,10 @@ class Rubric:
             if not source.is_file():
                 known = sorted(f"{PACKAGED}{entry.name.removesuffix('.yaml')}" for entry in folder.iterdir())
                 raise FileNotFoundError(f"no packaged rubric {path}: there are {', '.join(known)}")
-            text = source.read_text(encoding="utf-8")
         else:
-            text = Path(path).read_text(encoding="utf-8")
+            source = Path(path)
         try:
-            return cls.from_dict(yaml.safe_load(text))
+            return cls.from_dict(yaml.safe_load(source.read_text(encoding="utf-8")))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is not a rubric: {error}") from error
 

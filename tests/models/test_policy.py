@@ -128,7 +128,7 @@ def test_frequencies(policy, temperature):
     logits[never(policy)] = -torch.inf
     probs = (logits / temperature).softmax(-1)
     torch.manual_seed(1)
-    count = 1500 if policy.backbone.model.config.model_type == "qwen3_vl" else 300
+    count = 1500 if policy.backbone.model.config.model_type == "qwen3_vl" else 700
     prefix = policy.backbone.encode(None, ["red ring"])
     rule = SamplingRule(temperature=temperature, length=1)
     tokens = policy.sample(prefix=prefix, dimensions=["realism"], group_size=count, rule=rule).tokens[:, 0]
@@ -166,12 +166,14 @@ def test_nothing_to_differentiate(policy, floats):
 def test_mixture_of_traces(policy, floats):
     rule = SamplingRule(length=6)
     names = ["plausibility", "alignment"]
-    scores = ReasoningReward(policy, traces=4, seed=7, rule=rule)(images=floats, prompts=PROMPTS, dimensions=names)
+    scorer = ReasoningReward(policy, traces=4, seed=7, rule=rule)
+    scores = scorer(images=floats, prompts=PROMPTS, dimensions=names)
     assert scores.batch_shape == (3, 2)
     assert not scores.mean.requires_grad
-    torch.manual_seed(7)
     prefix = policy.backbone.encode([x for x in floats for _ in names], [p for p in PROMPTS for _ in names])
-    rollouts = policy.sample(prefix=prefix, dimensions=names * 3, group_size=4, rule=rule)
+    seeds = [scorer._seed(p, name, k) for p in PROMPTS for name in names for k in range(4)]
+    assert len(set(seeds)) == len(set(PROMPTS)) * 2 * 4
+    rollouts = policy.sample(prefix=prefix, dimensions=names * 3, group_size=4, rule=rule, seeds=seeds)
     for i in range(3):
         for d in range(2):
             start = (2 * i + d) * 4
@@ -190,8 +192,9 @@ def test_reasoning_reward_leaves_the_random_state_alone(policy, floats):
 
 
 @torch.no_grad()
-def test_greedy_reasoning_is_the_same_alone_and_in_a_batch(policy, floats):
-    scorer = ReasoningReward(policy, rule=SamplingRule(temperature=0.0, length=6))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_reasoning_is_the_same_alone_and_in_a_batch(policy, floats, temperature):
+    scorer = ReasoningReward(policy, traces=2, rule=SamplingRule(temperature=temperature, length=6))
     together = scorer(images=floats, prompts=PROMPTS)
     for i in range(3):
         alone = scorer(images=floats[i : i + 1], prompts=PROMPTS[i : i + 1], dimensions=["aesthetics"])

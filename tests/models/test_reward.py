@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from plain import FAMILIES, build
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import zr
@@ -168,9 +169,11 @@ def test_a_head_that_does_not_fit(backbone, tmp_path):
         load(tmp_path / "linear")
 
 
-def test_rubric_of_the_backbone_is_the_one_that_is_kept(thinker, tmp_path, pictures):
-    """A model may be handed another wording of its scale; what it was asked by is what must come back."""
-    model = RewardModel(thinker, ScoreTokenHead(thinker), shapes.rubric())
+def test_wording_is_the_backbones(thinker, tmp_path, pictures):
+    """Another wording is refused, and the one that was asked comes back from the disk."""
+    with pytest.raises(ValueError, match="asks in another wording"):
+        RewardModel(thinker, ScoreTokenHead(thinker), shapes.rubric())
+    model = compose(thinker, ScoreTokenHead)
     model.save_pretrained(tmp_path / "model")
     assert torch.equal(scores(zr.load(tmp_path / "model"), pictures).logits, scores(model, pictures).logits)
 
@@ -196,9 +199,19 @@ def test_a_pickle_in_the_place_of_safetensors(backbone, tmp_path):
     compose(backbone, LinearHead).save_pretrained(tmp_path / "model")
     for name in ("head.safetensors", "backbone/model.safetensors"):
         (tmp_path / "model" / name).write_bytes(pickle.dumps(Payload(str(tmp_path / "executed"))))
-        with pytest.raises(Exception, match=r"[Hh]eader|safetensors"):
+        with pytest.raises(ValueError, match="holds a damaged safetensors file"):
             load(tmp_path / "model")
         assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(backbone, tmp_path):
+    compose(backbone, LinearHead).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "backbone" / "model.safetensors"
+    weights = load_file(path)
+    gone = next(name for name in weights if "mlp" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights .{gone}"):
+        load(tmp_path / "model")
 
 
 def test_remote_code_is_never_run(backbone, tmp_path):
@@ -224,6 +237,7 @@ def test_remote_code_is_never_run(backbone, tmp_path):
         ({"head": "os:system"}, r"uses os:system, a class outside zr"),
         ({"backbone": "os.path:join"}, r"uses os\.path:join, a class outside zr"),
         ({"head": "zr.models.reward:import_module"}, r"uses zr\.models\.reward:import_module, which is no part of a model"),
+        ({"head": "zr.models.heads:Newer"}, r"uses zr\.models\.heads:Newer, which this zr .* does not have"),
         ({"scale_id": "0" * 12}, r"rubric\.yaml has scale .*, the model learned scale 000000000000"),
     ],
 )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 __all__ = ["run"]
 
+# Arguments that take several values on the shell are named here; the rest follows from the functions.
 # Module -> its functions by subcommand, or its function. Named here, imported when used: `zr configs` needs no torch.
 SUBCOMMANDS: dict[str, tuple[str, ...]] = {"shards": ("write", "inspect")}
-POSITIONAL: dict[str, dict[str, tuple[str, type]]] = {
-    "score": {"images": ("+", Path)},
+SEVERAL: dict[str, dict[str, tuple[str, type]]] = {
+    "score": {"images": ("+", Path), "--dimensions": ("+", str)},
     "configs": {"name": ("?", str)},
     "demo": {},
 }
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of a description as they are: some show a format."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -24,11 +32,27 @@ def run(args: Sequence[str]) -> None:
     name, *rest = args
     module = import_module(f"zr.commands.{name}")
     if name in SUBCOMMANDS:
-        auto_cli({f: getattr(module, f) for f in SUBCOMMANDS[name]}, args=rest, prog=f"zr {name}")
+        parser = ArgumentParser(
+            prog=f"zr {name}", description=module.__doc__, formatter_class=_Help
+        )  # subcommands take it over
+        subcommands = parser.add_subcommands(dest="action")
+        for action in SUBCOMMANDS[name]:
+            function = getattr(module, action)
+            one = _parser(function, f"zr {name} {action}")
+            one.add_function_arguments(function, as_positional=True)
+            subcommands.add_subcommand(action, one, help=one.description.splitlines()[0])
+        found = parser.parse_args(rest)
+        getattr(module, found.action)(**found[found.action].as_dict())
         return
     function = getattr(module, name)
-    parser = ArgumentParser(prog=f"zr {name}", description=function.__doc__.splitlines()[0])
-    for argument, (count, kind) in POSITIONAL[name].items():
+    parser = _parser(function, f"zr {name}")
+    for argument, (count, kind) in SEVERAL[name].items():
         parser.add_argument(argument, nargs=count, type=kind)
-    parser.add_function_arguments(function, skip=set(POSITIONAL[name]))
+    parser.add_function_arguments(function, skip={argument.lstrip("-") for argument in SEVERAL[name]})
     function(**parser.parse_args(rest).as_dict())
+
+
+def _parser(function: Callable[..., None], prog: str) -> Any:
+    """A parser whose help shows the docstring, up to the arguments."""
+    description = (inspect.getdoc(function) or "").split("\n\nArgs:")[0]
+    return ArgumentParser(prog=prog, description=description, formatter_class=_Help)

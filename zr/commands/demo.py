@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +34,9 @@ CANDIDATES = {"base": 2, "train": 4, "validation": 4, "test": 4}
 TRACE = 24
 """Most tokens of a trace in this world; the longest that it teaches has 16."""
 
+DONE = "done"
+"""File in a run's folder that says that its training came to an end: its best model is there long before."""
+
 
 def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
     """Run the main job on the built-in world: shards, a base model, a supervised model, its evaluation, a report.
@@ -47,7 +50,7 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
     parts: list[tuple[str, Path, Callable[[], None]]] = [
         ("write the world's shards", folder / "data", lambda: _write(folder / "data", seed)),
         *(
-            (what, folder / name / "model", lambda name=name, start=start: _fit(folder, name, start, seed))
+            (what, folder / name / DONE, lambda name=name, start=start: _fit(folder, name, start, seed))
             for name, start, what in (
                 ("look", "", "base model, first half: learn to look (zr fit --config zr:look)"),
                 ("base", "look", "base model, second half: all dimensions (zr fit --config zr:base)"),
@@ -57,9 +60,16 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
         ("measure on held-out prompts", folder / "results.json", lambda: _measure(folder, seed)),
         ("report", folder / "report.html", lambda: _report(folder)),
     ]
-    settings = {"seed": seed, "prompts": PROMPTS}
+    settings = {"zr": __version__, "seed": seed, "prompts": PROMPTS, "candidates": CANDIDATES}
     _same_settings(folder, settings)
-    _quiet()
+    with warnings.catch_warnings():
+        _quiet()
+        took = _run(console, parts, seconds)
+    _show(console, folder, took)
+
+
+def _run(console: Console, parts: list[tuple[str, Path, Callable[[], None]]], seconds: Path) -> dict[str, float]:
+    """Run the parts that are not done; the seconds that each took, those of earlier runs included."""
     took: dict[str, float] = json.loads(seconds.read_text()) if seconds.is_file() else {}
     for number, (what, product, action) in enumerate(parts, start=1):
         if product.exists():
@@ -69,8 +79,15 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
         begin = time.perf_counter()
         action()
         took[what.split(":")[0].split(" (")[0]] = round(time.perf_counter() - begin, 1)
-        seconds.write_text(json.dumps(took, indent=2) + "\n")
-    _show(console, folder, took)
+        _write_json(seconds, took)
+    return took
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: that a file is there means that its part is done."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -99,7 +116,8 @@ def _write(folder: Path, seed: int) -> None:
 
     from zr.data import shapes, write_shards
 
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")  # the folder appears when all its splits are there
+    staging = folder.with_name(f".{folder.name}-partial")  # the folder appears when all its splits are there
+    shutil.rmtree(staging, ignore_errors=True)
     for split, count in PROMPTS.items():
         records = shapes.records(split, count, CANDIDATES[split], seed=seed)  # type: ignore[arg-type]
         write_shards(track(records, split, total=count), staging, shapes.rubric().scale, split=split)
@@ -109,8 +127,10 @@ def _write(folder: Path, seed: int) -> None:
 def _fit(folder: Path, name: str, start: str, seed: int) -> None:
     from zr.commands.training import run
 
+    shutil.rmtree(folder / name, ignore_errors=True)  # of a training that was interrupted
     options = [
         "--trainer.enable_model_summary=false",
+        "--trainer.devices=1",  # the small world has fewer shards than a large machine has devices
         "--seed_everything",
         str(seed),
         "--folder",
@@ -119,6 +139,7 @@ def _fit(folder: Path, name: str, start: str, seed: int) -> None:
         str(folder / name),
     ]
     run(["fit", "--config", f"zr:{name}", *options, *(["--start", str(folder / start)] if start else [])])
+    (folder / name / DONE).touch()
 
 
 def _held_out(folder: Path) -> HeldOut:
@@ -131,22 +152,19 @@ def _held_out(folder: Path) -> HeldOut:
 
 def _measure(folder: Path, seed: int) -> None:
     """Score the test images by three scorers, and write their measures and distributions."""
+    from rich.progress import track
     from safetensors.torch import save_file
 
     from zr.commands.measuring import predict
     from zr.data import shapes
     from zr.metrics import compare
-    from zr.models import SamplingRule, load
-    from zr.models.reward import reasoning
+    from zr.models import SamplingRule, Scorer, load, reasoning
 
     held_out = _held_out(folder)
     base, tuned = load(folder / "base"), load(folder / "supervised")
     reasoner = reasoning(base, shapes.rubric(reasoning=True), rule=SamplingRule(length=TRACE), seed=seed)
-    found = {
-        "zero-shot": predict(base, held_out.batches),
-        "zero-shot, reasoning": predict(reasoner, held_out.batches),
-        "supervised": predict(tuned, held_out.batches),
-    }
+    scorers: dict[str, Scorer] = {"zero-shot": base, "zero-shot, reasoning": reasoner, "supervised": tuned}
+    found = {name: predict(scorer, track(held_out.batches, name)) for name, scorer in scorers.items()}
     scores = held_out.scores.double().numpy()
     known = ~held_out.scores.isnan().numpy()
     pair = (found["supervised"].mean.double().numpy(), found["zero-shot"].mean.double().numpy())
@@ -156,7 +174,7 @@ def _measure(folder: Path, seed: int) -> None:
         "supervised - zero-shot": compare(*pair, scores, known, held_out.records, shapes.DIMENSIONS),
     }
     save_file({name: q.probs.contiguous() for name, q in found.items()}, folder / "distributions.safetensors")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _write_json(folder / "results.json", results)
 
 
 def _true_scores(seed: int) -> Tensor:

@@ -32,8 +32,8 @@ def score(
         batch_size: images in a forward pass.
     """
     import torch
-    from torchvision.io import ImageReadMode, decode_image
 
+    from zr.data.record import read_image
     from zr.models import load
 
     scorer = load(model)
@@ -44,12 +44,7 @@ def score(
         stack.enter_context(torch.inference_mode())
         for start in range(0, len(items), batch_size):
             part = items[start : start + batch_size]
-            pixels = []
-            for path, _ in part:
-                try:
-                    pixels.append(decode_image(str(path), mode=ImageReadMode.RGB))
-                except RuntimeError as error:
-                    raise ValueError(f"{path} cannot be read as an image: {str(error).splitlines()[0]}") from error
+            pixels = [read_image(path.read_bytes(), str(path)) for path, _ in part]
             scores = scorer(images=pixels, prompts=[text for _, text in part], dimensions=names)
             for row, (path, text) in enumerate(part):
                 q = scores[row]
@@ -69,7 +64,12 @@ def _items(path: Path, prompt: str | None) -> list[tuple[Path, str]]:
     if path.suffix == ".jsonl":
         found = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            entry = json.loads(line) if line.strip() else None
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
             if (
                 not isinstance(entry, dict)
                 or not isinstance(entry.get("image"), str)

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from transformers.utils.logging import disable_progress_bar
 
 from zr.commands.configs import PREFIX, packaged
 from zr.rubric import Rubric
@@ -70,18 +71,20 @@ def run(args: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: ``--ckpt_path last`` for a run that has no checkpoint.
-        ValueError: a trainer that this machine cannot give; a checkpoint that holds more than tensors and plain values, which is
-            not loaded.
+        ValueError: a trainer that this machine cannot give; a checkpoint that holds more than tensors and plain values, which
+            is not loaded.
     """
     command, *options = args
+    disable_progress_bar()  # transformers draws one whenever a model is saved or loaded
     checkpoint = None
     try:
         cli = TrainingCLI(command, [_resolve(options, i) for i in range(len(options))])
         folder = Path(cli.config.run)
         checkpoint = _newest(folder) if cli.config.ckpt_path == "last" else cli.config.ckpt_path
         extra = {"return_predictions": False} if command == "predict" else {}
-        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in cli.trainer.callbacks):
-            cli.trainer.callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
+        callbacks: list[L.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in callbacks):
+            callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
         action = getattr(cli.trainer, command)
         action(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, **extra)
     except MisconfigurationException as error:

@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 from zr.data.annotation import bin_position, check_refinement
 from zr.rubric import Scale
 
-__all__ = ["Annotation", "Candidate", "LabelledDistribution", "Record", "decode", "image_type"]
+__all__ = ["Annotation", "Candidate", "LabelledDistribution", "Record", "decode", "image_type", "read_image"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FIELDS = ("key", "prompt", "candidates", "scores", "preferences", "distributions", "texts")
@@ -262,25 +262,29 @@ def image_type(data: bytes) -> str | None:
 
 
 def decode(candidate: Candidate, key: str) -> Tensor:
-    """Pixels of a candidate, ``(3, H, W)`` uint8 in RGB; an alpha channel is dropped.
+    """Pixels of a candidate of the record ``key``; see :func:`read_image`."""
+    return read_image(candidate.image, f"record {key!r}, candidate {candidate.id!r}: image")
+
+
+def read_image(data: bytes, where: str) -> Tensor:
+    """Pixels of an image file, ``(3, H, W)`` uint8 in RGB; an alpha channel is dropped.
 
     Args:
-        candidate: the image.
-        key: key of its record, for the message.
+        data: the file's bytes.
+        where: what the message calls the image.
 
     Raises:
         ValueError: no PNG, JPEG or WebP, truncated, damaged, or more than 8 bits a channel.
     """
-    where = f"record {key!r}, candidate {candidate.id!r}: image"
-    if image_type(candidate.image) is None:
-        start = bytes(candidate.image[:8])
+    if image_type(data) is None:
+        start = bytes(data[:8])
         raise ValueError(f"{where} is no PNG, JPEG or WebP file (it starts with {start!r}): convert it to one of them")
     try:
-        pixels: Tensor = decode_image(torch.frombuffer(bytearray(candidate.image), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        pixels: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
         raise ValueError(
-            f"{where} cannot be decoded: truncated, damaged or of an unknown kind ({len(candidate.image)} bytes; {reason}): "
+            f"{where} cannot be decoded: truncated, damaged or of an unknown kind ({len(data)} bytes; {reason}): "
             "replace the file or leave it out"
         ) from None
     if pixels.dtype != torch.uint8:

@@ -75,7 +75,7 @@ class ScoreTokenHead(Head):
         if not self.with_off_scale:
             return None
         probs: Tensor = self.output(features).float().softmax(-1)
-        return 1 - probs[..., self.label_ids].sum(-1)
+        return (1 - probs[..., self.label_ids].sum(-1)).clamp_min(0.0)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

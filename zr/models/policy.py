@@ -72,7 +72,14 @@ class Policy(nn.Module):
         self.head = ScoreTokenHead(backbone)
 
     @torch.no_grad()
-    def sample(self, prefix: Prefix, dimensions: Sequence[str], group_size: int, rule: SamplingRule) -> Rollouts:
+    def sample(
+        self,
+        prefix: Prefix,
+        dimensions: Sequence[str],
+        group_size: int,
+        rule: SamplingRule,
+        seeds: Sequence[int] | None = None,
+    ) -> Rollouts:
         """Sample ``group_size`` traces per row and read the score distribution after each.
 
         Args:
@@ -80,12 +87,15 @@ class Policy(nn.Module):
             dimensions: B names, the dimension that each row is asked for.
             group_size: G, traces per row.
             rule: how to sample.
+            seeds: B * G seeds, one for each rollout, so that a trace depends on its own seed and never on what else is in the
+                batch; None draws them from torch's global generator.
 
         Returns:
             B * G rollouts, those of one row contiguous.
 
         Raises:
-            ValueError: a number of dimensions that is not the number of rows, an unknown dimension, G below 1.
+            ValueError: a number of dimensions that is not the number of rows, an unknown dimension, G below 1, a number of
+                seeds that is not the number of rollouts.
         """
         if len(dimensions) != len(prefix) or group_size < 1:
             raise ValueError(
@@ -93,12 +103,17 @@ class Policy(nn.Module):
             )
         self.rubric.index(list(dict.fromkeys(dimensions)))  # names an unknown one
         rows = torch.arange(len(prefix)).repeat_interleave(group_size)
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(rows),)).tolist()
+        if len(seeds) != len(rows):
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rollouts: one each")
+        luck = torch.stack([torch.rand(rule.length, dtype=torch.float64, generator=_generator(seed)) for seed in seeds])
         names = [dimensions[i] for i in rows.tolist()]
         index = torch.tensor([self.rubric.dimensions.index(name) for name in names])
         traces: list[list[int]] = [[] for _ in names]
         for dimension in sorted(set(index.tolist())):  # suffixes of one dimension have one length: no row steps through a pad
             members = (index == dimension).nonzero().flatten()
-            sampled = self._sample_one(prefix.fork(rows[members]), self.rubric.dimensions[dimension], rule)
+            sampled = self._sample_one(prefix.fork(rows[members]), self.rubric.dimensions[dimension], rule, luck[members])
             for member, trace in zip(members.tolist(), sampled, strict=True):
                 traces[member] = trace
         return self._rollouts(prefix, rows, index, traces)
@@ -109,13 +124,14 @@ class Policy(nn.Module):
         kept = [[t for t, m in zip(row, seen, strict=True) if m] for row, seen in zip(tokens, mask, strict=True)]
         return [self.backbone.prompts.decode(ids) for ids in kept]
 
-    def _sample_one(self, prefix: Prefix, dimension: str, rule: SamplingRule) -> list[list[int]]:
+    def _sample_one(self, prefix: Prefix, dimension: str, rule: SamplingRule, luck: Tensor) -> list[list[int]]:
+        """Traces of M rows that ask for one dimension; ``luck (M, length)`` decides each token."""
         prompts = self.backbone.prompts
         traces: list[list[int]] = [[] for _ in range(len(prefix))]
         alive = list(range(len(prefix)))
         hidden, prefix = self.backbone.advance(prefix, [prompts.suffix_ids(dimension)] * len(prefix))
         for step in range(rule.length):
-            token = self._next(hidden[:, -1], rule)
+            token = self._next(hidden[:, -1], rule, luck[alive, step])
             for i, t in zip(alive, token.tolist(), strict=True):
                 traces[i].append(t)
             going = (token != prompts.end_id).nonzero().flatten()
@@ -125,13 +141,16 @@ class Policy(nn.Module):
             hidden, prefix = self.backbone.advance(prefix.fork(going), token[going, None].tolist())
         return traces
 
-    def _next(self, hidden: Tensor, rule: SamplingRule) -> Tensor:
+    def _next(self, hidden: Tensor, rule: SamplingRule, luck: Tensor) -> Tensor:
+        """The next tokens ``(M,)``: where the cumulative probability passes ``luck (M,)``, uniform in [0, 1)."""
         prompts = self.backbone.prompts
         logits: Tensor = self.backbone.output(hidden).float()
         logits[:, sorted((prompts.control_ids - {prompts.end_id}).union(rule.suppressed))] = -torch.inf
         if rule.temperature == 0:
             return logits.argmax(-1)
-        return torch.multinomial((logits / rule.temperature).softmax(-1), 1).squeeze(-1)
+        cumulative = (logits / rule.temperature).cpu().double().softmax(-1).cumsum(-1)
+        cumulative = cumulative / cumulative[:, -1:]  # rounding must not leave a gap at the end
+        return torch.searchsorted(cumulative, luck[:, None], right=True).squeeze(-1).to(logits.device)
 
     def _rollouts(self, prefix: Prefix, rows: Tensor, index: Tensor, traces: list[list[int]]) -> Rollouts:
         """Read the score of each trace by a replay, with the end appended where it is missing, and the marker."""
@@ -156,3 +175,7 @@ class Policy(nn.Module):
             forced=torch.tensor(forced, device=device),
             logits=self.head(at_score[:, None], index[:1].to(device)).squeeze(1),
         )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

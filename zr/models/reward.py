@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ class RewardModel(nn.Module):
         rubric: scale and wording; its scale must be the backbone's.
 
     Raises:
-        ValueError: a rubric of another scale.
+        ValueError: a rubric of another scale, or a wording that is not the one that the backbone asks with.
     """
 
     def __init__(self, backbone: Backbone, head: Head, rubric: Rubric) -> None:
@@ -69,6 +71,8 @@ class RewardModel(nn.Module):
                 f"the backbone was built for dimensions {list(backbone.rubric.dimensions)} and bins "
                 f"{backbone.rubric.bins}, the rubric has {list(rubric.dimensions)} and {rubric.bins}: use one rubric"
             )
+        if rubric.wording != backbone.rubric.wording:
+            raise ValueError("the backbone asks in another wording than the rubric's: pass backbone.reworded(rubric)")
         self.backbone: Any = backbone
         self.head = head
         self.rubric = rubric
@@ -111,7 +115,7 @@ class RewardModel(nn.Module):
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         self.backbone.save_pretrained(folder / "backbone")
-        self.backbone.rubric.save(folder / "rubric.yaml")  # the wording that its answers come from
+        self.rubric.save(folder / "rubric.yaml")
         kept = {name: tensor.detach().contiguous() for name, tensor in _own_tensors(self.head, self.backbone).items()}
         if kept:
             save_file(kept, folder / "head.safetensors")
@@ -145,7 +149,8 @@ class ReasoningReward(nn.Module):
     Args:
         policy: the model that reasons.
         traces: how many traces are averaged.
-        seed: of the sampling; the same call gives the same scores.
+        seed: of the sampling. A trace is drawn from (seed, prompt, dimension, trace number), so an image gets the same score
+            alone and in any batch.
         rule: how traces are sampled.
 
     Reference: Z-Reward (arXiv 2606.09076), eqs. (1), (2).
@@ -167,13 +172,20 @@ class ReasoningReward(nn.Module):
         names = [self.rubric.dimensions[i] for i in self.rubric.index(dimensions)]
         prefix = self.policy.backbone.encode(images, prompts)
         rows = torch.arange(len(prompts)).repeat_interleave(len(names))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            rollouts = self.policy.sample(
-                prefix=prefix.fork(rows), dimensions=names * len(prompts), group_size=self.traces, rule=self.rule
-            )
+        rollouts = self.policy.sample(
+            prefix=prefix.fork(rows),
+            dimensions=names * len(prompts),
+            group_size=self.traces,
+            rule=self.rule,
+            seeds=[self._seed(p, name, trace) for p in prompts for name in names for trace in range(self.traces)],
+        )
         logits = rollouts.logits.reshape(len(prompts), len(names), self.traces, -1)
         return ScoreDistribution(logits, self.rubric.bins).mixture(-1)
+
+    def _seed(self, prompt: str, dimension: str, trace: int) -> int:
+        """Of one trace: the same alone and in any batch, and shared by the images of a prompt, which are compared."""
+        text = json.dumps([self.seed, prompt, dimension, trace])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def compose(backbone: Backbone, head: Callable[[Backbone], Head]) -> RewardModel:
@@ -209,21 +221,36 @@ def load(source: str | Path, head: Callable[..., Head] | None = None) -> RewardM
     pickles = [p.name for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
     if pickles:
         raise ValueError(f"{folder} holds {pickles[0]}, which could run code when loaded: only safetensors are read; remove it")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {about.get('format')}; this zr {__version__} reads format {FORMAT}")
+    about = _about(folder)
     rubric = Rubric.load(folder / "rubric.yaml")
     if rubric.scale_id != about["scale_id"]:
         raise ValueError(f"{folder}/rubric.yaml has scale {rubric.scale_id}, the model learned scale {about['scale_id']}")
-    backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", rubric)
+    try:
+        backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", rubric)
+        saved = load_file(folder / "head.safetensors") if (folder / "head.safetensors").is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{folder} holds a damaged safetensors file ({error}): copy or save the model again") from None
     built = (head or _class(about["head"], folder))(backbone, **about["head_config"])
     own = _own_tensors(built, backbone)
-    saved = load_file(folder / "head.safetensors") if (folder / "head.safetensors").is_file() else {}
     shapes, found = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (own, saved))
     if shapes != found:
         raise ValueError(f"{folder}/head.safetensors does not fit {type(built).__name__}: it needs {shapes}, there is {found}")
     built.load_state_dict(saved, strict=False)
     return RewardModel(backbone, built, rubric).eval()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a model's folder says about itself, checked."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/{ABOUT} is not JSON ({error}): copy or save the model again") from None
+    fields = {"format", "backbone", "head", "head_config", "scale_id"}
+    if not isinstance(about, dict) or not fields <= set(about):
+        raise ValueError(f"{folder}/{ABOUT} must be an object with {', '.join(sorted(fields))}: copy or save the model again")
+    if about["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {about['format']}; this zr {__version__} reads format {FORMAT}")
+    return about
 
 
 def _own_tensors(head: nn.Module, backbone: nn.Module) -> dict[str, Tensor]:
@@ -240,7 +267,10 @@ def _class(path: str, folder: Path) -> Any:
             f"{folder} uses {path}, a class outside zr, which a folder may not choose: pass a head as load(..., head={name}), "
             "build a model with a backbone of your own by hand"
         )
-    found = getattr(import_module(module), name)
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"{folder} uses {path}, which this zr {__version__} does not have: a newer one may") from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{folder} uses {path}, which is no part of a model")
     return found

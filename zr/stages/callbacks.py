@@ -30,6 +30,19 @@ class KeepBestModel(L.Callback):
         self.monitor = monitor
         self.best = float("-inf")
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make sure that another run's model is not replaced.
+
+        Raises:
+            FileExistsError: the folder holds a model, and this run does not go on from a checkpoint.
+        """
+        model = run_folder(trainer) / RUN_MODEL
+        if model.exists() and trainer.ckpt_path is None:
+            raise FileExistsError(
+                f"{model} holds the model of another run: choose another run folder (--run), remove that one, or go on "
+                "from its checkpoint (--ckpt_path last)"
+            )
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the model if it is the best so far.
 

@@ -77,7 +77,7 @@ class ScoreMetrics(Metric):
             known = ~score[:, index].isnan()
             if not bool(known.any()):
                 continue
-            x, y = mu[known, index].double().cpu().numpy(), score[known, index].double().cpu().numpy()
+            x, y = (t[known, index].cpu().double().numpy() for t in (mu, score))  # on the host: not every device has float64
             where = prompt[known].cpu().numpy()
             values = {
                 "hpa": hpa(x, y, where),

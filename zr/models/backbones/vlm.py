@@ -166,11 +166,17 @@ class VLMBackbone(nn.Module):
             source: hub name or directory.
             rubric: scale and wording.
             model_options: passed to ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``device_map``, ...).
+
+        Raises:
+            ValueError: weights that are missing, which transformers would draw at random.
         """
         remote = model_options.pop("trust_remote_code", False)  # None would ask on the terminal
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=remote, **model_options
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=remote, output_loading_info=True, **model_options
         )
+        if loaded["missing_keys"]:
+            missing = sorted(loaded["missing_keys"])
+            raise ValueError(f"{source} lacks {len(missing)} weights ({missing[0]}, ...): copy or save the model again")
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=remote)
         if get_tokenizer_config(source).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
             # transformers rebuilds some families' tokenizers by model type, which loses a word-level one: read what was saved
