@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import zipfile
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 import zr
 from zr.commands.configs import _names, packaged
 from zr.commands.training import TrainingCLI, run
-from zr.data import ScoreData, shapes, write_shards
+from zr.data import LabelledDistribution, Record, ScoreData, shapes, write_shards
 
 RUBRIC = shapes.rubric()
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]
@@ -23,18 +25,43 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data folder and an untrained model to start from."""
-    from zr.models import ScoreTokenHead, compose, tiny_qwen3_vl
+    """A small data folder, whose training split is labelled, an untrained model to start from, and one that reasons."""
+    from zr.models import SamplingRule, ScoreTokenHead, compose, reasoning, tiny_qwen3_vl
 
     folder = tmp_path_factory.mktemp("world")
-    for split in ("base", "train", "validation", "test"):
-        write_shards(shapes.records(split, 3, candidates=2), folder / "data", RUBRIC.scale, split=split)
-    compose(tiny_qwen3_vl(RUBRIC, shapes.vocabulary), ScoreTokenHead).save_pretrained(folder / "start")
+    for split in ("base", "train", "unlabelled", "validation", "test"):
+        records = map(labelled if split == "train" else copy, shapes.records(split, 3, candidates=2))
+        write_shards(records, folder / "data", RUBRIC.scale, split=split)
+    for seed, name in enumerate(("start", "teacher")):
+        model = compose(tiny_qwen3_vl(RUBRIC, shapes.vocabulary, seed=seed), ScoreTokenHead)
+        if name == "teacher":
+            model = reasoning(model, shapes.rubric(reasoning=True), rule=SamplingRule(length=6))
+        model.save_pretrained(folder / name)
     return folder
 
 
+def labelled(record: Record) -> Record:
+    """With a distribution for each image and dimension."""
+    label = {"teacher": LabelledDistribution((0.2, *[0.1] * 8), (), RUBRIC.scale.scale_id)}
+    return replace(record, distributions={d: {c.id: label for c in record.candidates} for d in RUBRIC.dimensions})
+
+
 def test_there_are_recipes() -> None:
-    assert {"zr:look", "zr:base", "zr:supervised", "zr:teacher_small", "zr:teacher", "zr:zero_shot"} <= set(_names())
+    main = {
+        "look",
+        "base",
+        "supervised",
+        "teacher_small",
+        "teacher",
+        "student_small",
+        "student",
+        "on_policy_small",
+        "zero_shot",
+        "generator",
+        "text_to_image_small",
+        "text_to_image",
+    }
+    assert {f"zr:{name}" for name in main} <= set(_names())
 
 
 def command(name: str) -> list[str]:
@@ -61,7 +88,13 @@ LOSSES = {
     "zr:exact": {"pointwise": ("AbsoluteExpectationLoss", 1), "pairwise": ("GapLoss", 1)},
     "zr:direct_terms": GDSO,
     "zr:parsed": GDSO,
+    "zr:centred": GDSO,
+    "zr:student_small": {"kl": ("ForwardKL", 1)},
+    "zr:student_clip": {"kl": ("ForwardKL", 1)},
+    "zr:on_policy_small": {"score": ("ReverseKL", 1)},
 }
+BIG = ("zr:teacher", "zr:student", "zr:student_full", "zr:text_to_image")
+GENERATORS = ("zr:generator", "zr:text_to_image_small")
 ANSWERS = {"zr:reward_dance": ["ScoreThenReason"], "zr:rationale": ["ReasonThenScore"]}
 
 
@@ -73,14 +106,15 @@ def check_parts(name: str, made) -> None:
         assert [type(answer).__name__ for answer in made.answers.values()] == ANSWERS[name]
     if name == "zr:direct_terms":
         assert made.policy_term is None
-    if name in ("zr:teacher_small", "zr:grpo", "zr:exact", "zr:parsed"):
+    if name in ("zr:teacher_small", "zr:grpo", "zr:exact", "zr:parsed", "zr:centred"):
         kinds = [type(part).__name__ for part in (made.policy_term.advantage, made.policy_term.decoding)]
         exact, parsed = name == "zr:exact", name == "zr:parsed"
-        assert kinds == ["LeaveOneOutAdvantage" if exact else "GroupAdvantage", "ParsedScore" if parsed else "ExpectedScore"]
+        advantage = {"zr:exact": "LeaveOneOutAdvantage", "zr:centred": "CentredAdvantage"}.get(name, "GroupAdvantage")
+        assert kinds == [advantage, "ParsedScore" if parsed else "ExpectedScore"]
         assert (made.policy_term.reward.pointwise, made.policy_term.reward.pairwise) == (1, 2 if exact else 1)
 
 
-@pytest.mark.parametrize("name", [name for name in _names() if command(name)[0] == "fit" and name != "zr:teacher"])
+@pytest.mark.parametrize("name", [n for n in _names() if command(n)[0] == "fit" and n not in (*BIG, *GENERATORS)])
 def test_recipe_runs_and_what_it_leaves_reloads(name: str, world: Path, tmp_path: Path) -> None:
     recipe = command(name)[1:]
     places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
@@ -91,21 +125,74 @@ def test_recipe_runs_and_what_it_leaves_reloads(name: str, world: Path, tmp_path
     ]
     if "Teacher" in packaged(recipe[1]).read_text():
         short += ["--model.model.rule.length=6", "--model.group_size=2", "--data.pairs_per_batch=2"]
-    if name == "zr:rationale":
+    if name == "zr:on_policy_small":
+        short += ["--data.batch_size=1", "--model.teacher.source", str(world / "teacher")]
+    if name in ("zr:rationale", "zr:on_policy_small"):
         short += ["--model.model.rule.length=6"]
+    if name == "zr:yes_token":
+        short += ["--data.pairs_per_batch=4"]
     run(["fit", *recipe, *places, *short, *QUIET, "--trainer.enable_checkpointing=true"])
     model = zr.load(tmp_path)
-    assert model.rubric.scale_id == RUBRIC.scale_id
+    compares = name == "zr:yes_token"
+    assert model.rubric.dimensions == RUBRIC.dimensions
+    assert model.rubric.bins == ((0, 1) if compares else RUBRIC.bins)
     checkpoint = next(tmp_path.rglob("*.ckpt"))
-    stage_class = getattr(
-        zr.stages, re.findall(r"class_path: zr\.stages\.(Supervised|Language|Teacher)", packaged(recipe[1]).read_text())[0]
-    )
+    kinds = "Supervised|Language|Teacher|Comparison|Student|OnPolicy"
+    stage_class = getattr(zr.stages, re.findall(rf"class_path: zr\.stages\.({kinds})", packaged(recipe[1]).read_text())[0])
     stage = stage_class.load_from_checkpoint(checkpoint, weights_only=True).eval()
     check_parts(name, stage)
     images, prompts = torch.rand(2, 3, 48, 48), [shapes.prompts("test")[0]] * 2
+    images = [[*images], [*images]] if compares else images
     with torch.no_grad():
         same = torch.equal(stage.model(images, prompts).mean, model(images, prompts).mean)
     assert same, "the checkpoint and the kept model must be one: both are of the last step"
+
+
+def test_the_generators_recipe_runs_and_what_it_leaves_reloads(world: Path, tmp_path: Path) -> None:
+    from zr.models.generators import FlowGenerator
+    from zr.stages import FlowMatching
+
+    recipe = command("zr:generator")[1:]
+    places = ["--folder", str(world / "data"), "--run", str(tmp_path)]
+    short = ["--trainer.max_epochs=1", "--data.batch_size=2", "--trainer.enable_checkpointing=true"]
+    run(["fit", *recipe, *places, *short, *QUIET])
+    generator = FlowGenerator.from_pretrained(tmp_path)
+    (file,) = tmp_path.rglob("*.ckpt")
+    stage = FlowMatching.load_from_checkpoint(file, weights_only=True)
+    images = [g.sample(shapes.prompts("test")[:1], torch.Generator().manual_seed(0)) for g in (generator, stage.generator)]
+    assert torch.equal(*images)
+    assert images[0].shape == (1, 3, 48, 48)
+    (log,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(log.read_text().splitlines()))
+    assert [bool(row["train/loss"]) for row in rows].count(True) == 2
+    (row,) = (row for row in rows if row["val/loss"])
+    scores = [float(row[f"val/score/{name}"]) for name in RUBRIC.dimensions]
+    assert all(1 <= score <= 5 for score in scores)
+
+
+def test_text_to_image_runs_and_what_it_leaves_reloads(world: Path, tmp_path: Path) -> None:
+    from zr.models.generators import FlowGenerator, FlowSize, tiny_flow
+    from zr.stages import TextToImage
+
+    start = tiny_flow(shapes.vocabulary, FlowSize(width=16, layers=1, heads=2), steps=4)
+    start.save_pretrained(tmp_path / "start")
+    scorers = [f"--model.{place}.scorer.source={world / 'start'}" for place in ("rewards.student", "held_out")]
+    places = ["--folder", str(world / "data"), "--start", str(tmp_path / "start"), "--run", str(tmp_path / "run")]
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.enable_checkpointing=true"]
+    path = ["--model.path=zr.stages.RandomTruncation", "--model.path.most=3", "--model.rewards.student.ceiling=5"]
+    run(["fit", *command("zr:text_to_image_small")[1:], *places, *scorers, *short, *path, *QUIET])
+    generator = FlowGenerator.from_pretrained(tmp_path / "run")
+    (file,) = tmp_path.rglob("*.ckpt")
+    made = TextToImage.load_from_checkpoint(file, weights_only=True)
+    assert (made.path.most, made.rewards["student"].ceiling, made.velocity_distance) == (3, 5.0, 1.0)
+    found = [g.sample(shapes.prompts("test")[:1], torch.Generator().manual_seed(0)) for g in (generator, made.generator, start)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    (log,) = tmp_path.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(log.read_text().splitlines()) if row["val/gap"]]
+    assert len(rows) == 2
+    for name in ("student", "held_out"):
+        assert all(1 <= float(row[f"val/{name}/{dimension}"]) <= 5 for row in rows for dimension in RUBRIC.dimensions)
 
 
 def stage(world: Path, *recipes: str, options: tuple[str, ...] = ()):
@@ -207,6 +294,71 @@ def test_the_big_recipe_at_its_size_on_the_meta_device(world: Path, tmp_path: Pa
     states = [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
     assert sum(s.num_v_heads * s.head_k_dim * s.head_v_dim * 4 for s in states) == pytest.approx(151e6, rel=0.01)
     assert (made.group_size, made.micro_batch, made.policy_term.loss.length, made.model.rule.length) == (8, 2, 1024, 1024)
+
+
+STUDENT = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "vocab_size": 248320}
+STUDENT |= {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 262144}
+STUDENT |= {f"linear_num_{kind}_heads": count for kind, count in (("key", 16), ("value", 32))}
+STUDENT |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
+
+
+@of_lora
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "all weights"])
+def test_the_big_student_at_its_size_on_the_meta_device(world: Path, tmp_path: Path, monkeypatch, whole: bool) -> None:
+    """The sizes published for Qwen3.5-9B; what the recipe's comments say of them, worked by hand."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    from zr.models import tiny_qwen3_5
+    from zr.models.backbones import vlm
+
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
+    vision |= {"patch_size": 16, "num_position_embeddings": 2304}
+    config = Qwen3_5Config(text_config=STUDENT, vision_config=vision, tie_word_embeddings=False)
+
+    class Published:
+        @staticmethod
+        def from_pretrained(source, dtype, **_):
+            with torch.device("meta"):
+                return Qwen3_5ForConditionalGeneration(config).to(getattr(torch, dtype)), {"missing_keys": []}
+
+    tiny_qwen3_5(zr.Rubric.load("zr:direct"), shapes.vocabulary).save_pretrained(tmp_path / "released")
+    monkeypatch.setattr(vlm, "AutoModelForImageTextToText", Published)
+    recipes = ["zr:student", *(["zr:student_full"] if whole else [])]
+    made = stage(world, *recipes, options=("--start", str(tmp_path / "released"), "--trainer.accelerator=cpu"))
+    assert losses(made) == {"kl": ("ForwardKL", 1)}
+    layers = made.model.backbone.model.model.language_model.layers
+    weights = [p for name, p in made.named_parameters() if "lora_" not in name]
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in weights) == pytest.approx(9.41e9, rel=1e-3)
+    inner = sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
+    assert inner == pytest.approx(6.92e9, rel=1e-3)
+    if whole:
+        assert {(p.dtype, p.requires_grad) for p in made.parameters()} == {(torch.float32, True)}
+        assert 16 * sum(p.numel() for p in trained) == pytest.approx(151e9, rel=0.01)
+    else:
+        mlp, linear, full = 3 * (4096 + 12288), 2 * (4096 + 32) + 12288 + 2 * 8192, 2 * (4096 + 1024) + 12288 + 8192
+        assert {p.dtype for p in weights} == {torch.bfloat16}
+        assert {p.dtype for p in trained} == {torch.float32}
+        assert sum(p.numel() for p in trained) == 32 * (32 * mlp + 24 * linear + 8 * full) == 86_556_672
+    assert all(layer.gradient_checkpointing for layer in layers)
+    states = [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
+    assert sum(s.num_v_heads * s.head_k_dim * s.head_v_dim * 4 for s in states) == pytest.approx(50e6, rel=0.01)
+
+
+@of_lora
+def test_the_big_student_takes_a_step_at_a_small_size(world: Path, tmp_path: Path) -> None:
+    from zr.models import tiny_qwen3_5
+
+    rubric = zr.Rubric.load("zr:direct")
+    made = tiny_qwen3_5(rubric, shapes.vocabulary, hidden_size=32, vision_size=16, vision_layers=1)
+    made.save_pretrained(tmp_path / "released")
+    places = ["--folder", str(world / "data"), "--start", str(tmp_path / "released"), "--run", str(tmp_path / "run")]
+    short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1", "--data.num_workers=0"]
+    run(["fit", "--config", "zr:student", *places, *short, "--trainer.accelerator=cpu", *QUIET])
+    state = dict(zr.load(tmp_path / "run").backbone.model.named_parameters())
+    assert len([name for name, p in state.items() if "lora_B" in name and p.count_nonzero()]) > 8
+    (file,) = (tmp_path / "run").rglob("metrics.csv")
+    assert "train/kl" in file.read_text().splitlines()[0]
 
 
 def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path: Path) -> None:

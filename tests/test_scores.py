@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 from torch.autograd import gradcheck
 from torch.distributions import Categorical
 
@@ -264,3 +264,85 @@ def test_properties(row, shift, level):
     assert q.cdf(q.quantile(level)) >= level - 2e-6
     torch.testing.assert_close(ScoreDistribution(logits + shift, bins).probs, q.probs)
     torch.testing.assert_close(ScoreDistribution(logits, 2 * bins + 1).mean, 2 * q.mean + 1)
+
+
+def test_tempered_is_a_power_of_the_probabilities():
+    q = draw(3, 2)
+    t = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    powers = q.probs ** (1 / t[:, None])
+    torch.testing.assert_close(q.tempered(t).probs, powers / powers.sum(-1, keepdim=True))
+    torch.testing.assert_close(q[0, 0].tempered(t).probs[1], (q.probs[0, 0] ** (1 / 3)) / (q.probs[0, 0] ** (1 / 3)).sum())
+    held = ScoreDistribution(q.logits, q.bins, off_scale=torch.rand(3, 2, dtype=torch.float64))
+    for moved in (held.tempered(2.0), held.tilted(3.0)):
+        assert torch.equal(moved.off_scale, held.off_scale)
+
+
+def test_tilted_is_the_nearest_distribution_with_the_mean():
+    """Oracle: a constrained minimisation of the divergence over all distributions."""
+    for seed, mean in enumerate((1.3, 2.0, 6.5)):
+        q = draw(seed=seed)
+        p0 = q.probs.numpy()
+        found = optimize.minimize(
+            lambda p, p0=p0: float((p * np.log(np.clip(p, 1e-12, None) / p0)).sum()),
+            np.full(5, 0.2),
+            bounds=[(1e-12, 1)] * 5,
+            constraints=[
+                {"type": "eq", "fun": lambda p: p.sum() - 1},
+                {"type": "eq", "fun": lambda p, mean=mean: p @ np.array(UNEVEN) - mean},
+            ],
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        np.testing.assert_allclose(q.tilted(mean).probs.numpy(), found.x, atol=1e-5)
+
+
+@quick
+@given(st.integers(0, 1000), st.floats(1.001, 9.999), st.sampled_from([torch.float32, torch.float64]), st.floats(0.1, 20.0))
+def test_tilted_has_the_mean_and_keeps_ratios_of_ratios(seed, mean, dtype, sharpness):
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(5, generator=generator, dtype=dtype)
+    q = ScoreDistribution(logits, UNEVEN)
+    p = q.tilted(mean)
+    assert p.logits.dtype == dtype
+    assert p.mean.item() == pytest.approx(mean, abs=1e-4 if dtype == torch.float32 else 1e-9)
+    moved = (p.logits - q.logits).double().numpy()
+    slopes = np.diff(moved) / np.diff(UNEVEN)
+    assert slopes == pytest.approx(slopes[0], rel=1e-3, abs=1e-3)
+
+
+def test_tilted_gradients():
+    logits = draw(2, 3).logits.clone().requires_grad_()
+    mean = torch.tensor([1.5, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
+
+    def answer(x, m):
+        p = ScoreDistribution(x, UNEVEN).tilted(m)
+        return p.mean, p.probs, p.entropy()
+
+    assert gradcheck(answer, (logits, mean))
+    assert gradcheck(
+        lambda x: answer(x, 2.0 + 0.5 * ScoreDistribution(x, UNEVEN).mean), (logits,)
+    )  # the mean's own gradient too
+
+
+def test_tilted_to_where_no_tilt_leads():
+    some = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0]).log().requires_grad_()
+    for mean, nearest in ((10.0, 2.0), (1.0, 1.25), (1.5, 1.5)):
+        p = ScoreDistribution(some, UNEVEN).tilted(mean)
+        assert p.mean.item() == pytest.approx(nearest, abs=1e-4)
+        (gradient,) = torch.autograd.grad(p.mean + p.log_prob(1.25), some)
+        assert bool(gradient.isfinite().all())
+    certain = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).log().requires_grad_()
+    (gradient,) = torch.autograd.grad(ScoreDistribution(certain, UNEVEN).tilted(3.0).mean, certain)
+    assert bool((gradient == 0).all())
+    for ends in (1.0, 10.0):
+        assert draw().tilted(ends).mean.item() == pytest.approx(ends, abs=1e-6)
+    for bad in (0.5, 10.1, float("nan")):
+        with pytest.raises(ValueError, match=f"a mean of {bad:g} lies outside the bins, 1 to 10"):
+            draw(2).tilted(torch.tensor([2.0, bad]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tilted_shapes(shape):
+    assert draw(*shape).tilted(2.0).batch_shape == shape
+    assert draw().tilted(torch.full(shape, 2.0)).batch_shape == shape
+    assert draw(0).tilted(2.0).mean.shape == (0,)

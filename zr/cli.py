@@ -15,6 +15,9 @@ TRAINING = {
 COMMANDS = {
     "demo": "the main job on the built-in world: shards, base model, supervised model, report",
     "score": "score images with a saved or a plain vision-language model",
+    "label": "a model's distributions into copies of shards, for a student to learn from",
+    "agreement": "a student beside its teacher on the same images: agreement, where they disagree most, cost",
+    "calibrate": "fit a model's distributions to annotators' votes, and show what that changes",
     "prompt": "show the exact text that a model reads for a prompt",
     "shards": "annotated images and public data sets into shards, and a look at what shards hold",
     "configs": "list the packaged recipes, or write one out",
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; errors that a user can mend are one line, not a traceback."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE.format("\n".join(f"  {name:10}{what}" for name, what in (TRAINING | COMMANDS).items()), TRACEBACK))
+        print(USAGE.format("\n".join(f"  {name:11}{what}" for name, what in (TRAINING | COMMANDS).items()), TRACEBACK))
         return 0
     if args[0] == "--version":
         from zr.commands.version import describe

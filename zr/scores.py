@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,6 +212,60 @@ class ScoreDistribution(Distribution):
         logits = self.logits.clamp_min(torch.finfo(self.logits.dtype).min).logsumexp(axis).masked_fill(nowhere, -torch.inf)
         return self._like(logits - count.log().to(self.logits), off)
 
+    def tempered(self, temperature: Tensor | float) -> ScoreDistribution:
+        """The distribution with logits divided by a temperature: flatter above one, sharper below; its mode stays.
+
+        Args:
+            temperature: above zero; numbers that broadcast against the batch shape. Gradients flow through both.
+
+        Example:
+            >>> q = ScoreDistribution(torch.tensor([0.1, 0.9]).log(), bins=(1.0, 5.0))
+            >>> [round(p, 4) for p in q.tempered(2.0).probs.tolist()]             # square roots, 1 to 3
+            [0.25, 0.75]
+        """
+        divisor = torch.as_tensor(temperature, dtype=self.logits.dtype, device=self.logits.device)
+        whole = self.expand(torch.broadcast_shapes(divisor.shape, self.batch_shape))  # type: ignore[no-untyped-call]
+        return self._like(whole.logits / divisor.unsqueeze(-1), whole._off_scale)
+
+    def tilted(self, mean: Tensor | float) -> ScoreDistribution:
+        r"""The nearest distribution with another mean: :math:`p(s) \propto q(s)\,e^{\lambda s}`.
+
+        Of all distributions with that mean it has the smallest :math:`KL(p \| q)`. Bins of probability zero keep it, so the
+        mean stays between the lowest and the highest bin that have some: of a mean beyond them, the nearest that can be had.
+
+        Args:
+            mean: wanted expected scores, in score units, that broadcast against the batch shape.
+
+        Returns:
+            A distribution of the broadcast shape. Its gradients, into this distribution and into ``mean``, are those of the
+            equation that defines :math:`\lambda`, to first order.
+
+        Raises:
+            ValueError: a mean outside the scale.
+
+        Reference: Csiszar 1975, I-Divergence Geometry of Probability Distributions and Minimization Problems, section 3.
+
+        Example:
+            >>> q = ScoreDistribution(torch.zeros(3), bins=(1.0, 2.0, 3.0))
+            >>> [round(p, 4) for p in q.tilted(2 + 3 / 7).probs.tolist()]         # 1 : 2 : 4
+            [0.1429, 0.2857, 0.5714]
+        """
+        wanted = torch.as_tensor(mean, dtype=self.logits.dtype, device=self.logits.device)
+        slack = _tolerance(self.bins)
+        wrong = ~((wanted >= self.bins[0] - slack) & (wanted <= self.bins[-1] + slack))
+        if bool(wrong.any()):
+            ends = f"{float(self.bins[0]):g} to {float(self.bins[-1]):g}"
+            raise ValueError(f"a mean of {float(wanted[wrong].flatten()[0]):g} lies outside the bins, {ends}")
+        whole = self.expand(torch.broadcast_shapes(wanted.shape, self.batch_shape))  # type: ignore[no-untyped-call]
+        way = self.bins - wanted.detach().unsqueeze(-1)  # as good as the bins, and small where the probability is
+        tilt = _tilt(whole.logits.detach(), wanted.detach(), way, self.bins)
+        moved = self._like(whole.logits + tilt.unsqueeze(-1) * way, None)
+        # One step of Newton's method, of value zero and with the gradient of the root; none where the mean is out of reach.
+        missing = wanted - moved.mean
+        step = torch.where(missing.detach().abs() <= slack, missing - missing.detach(), 0.0)
+        tilt = tilt + step / moved.variance.detach().clamp_min(slack**2)
+        return self._like(whole.logits + tilt.unsqueeze(-1) * way, whole._off_scale)
+
     def _like(self, logits: Tensor, off_scale: Tensor | None) -> ScoreDistribution:
         bins = self.bins.to(logits.device)
         return ScoreDistribution(logits, bins, off_scale=off_scale, validate_args=False)
@@ -250,6 +305,28 @@ def bin_index(score: Tensor, bins: Tensor) -> Tensor:
         near = " and ".join(f"{s:g}" for s in lower + upper)
         raise ValueError(f"score {bad:g} is no bin: its neighbours are {near} (bins: {scale})")
     return nearest
+
+
+def _tilt(logits: Tensor, mean: Tensor, way: Tensor, bins: Tensor) -> Tensor:
+    """``(...)`` tilts, by bisection: the mean grows with the tilt.
+
+    Args:
+        logits: ``(..., K)`` log-probabilities.
+        mean: ``(...)`` wanted.
+        way: ``(..., K)`` bins less the mean.
+        bins: ``(K,)``.
+    """
+    eps = torch.finfo(logits.dtype).eps
+    inside = torch.minimum(mean - bins[0], bins[-1] - mean).clamp_min(eps * (bins[-1] - bins[0]))
+    lowest = logits.masked_fill(logits.isneginf(), torch.inf).amin(-1)
+    reach = logits.amax(-1) - lowest + (len(bins) * (bins[-1] - bins[0]) / inside).log() + 1
+    high = reach / bins.diff().min()  # beyond it an end bin outweighs all others
+    low = -high
+    for _ in range(2 * round(-math.log2(eps))):  # to the last bit
+        middle = (low + high) / 2
+        above = ((logits + middle.unsqueeze(-1) * way).softmax(-1) * way).sum(-1) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
 
 
 def _tolerance(bins: Tensor) -> float:

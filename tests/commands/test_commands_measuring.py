@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from zr.commands.measuring import HeldOut
+from zr.commands.measuring import HeldOut, score_split
 from zr.data import Annotation, Candidate, ChosenPairs, Record, collate
 from zr.rubric import Rubric
+from zr.scores import ScoreDistribution
 
 SCALE = Rubric.load("zr:direct").scale
 Image.new("RGB", (4, 4)).save(file := io.BytesIO(), "PNG")
@@ -51,3 +52,25 @@ def test_scores_alone(pairs):
     table = data.table(torch.tensor([[2.0] * 4, [1.0] * 4]))["dimensions"]
     assert (table["realism"]["pairs"], table["realism"]["hpa"]["estimate"]) == (1, 1.0)
     assert table["aesthetics"]["pairs"] == 0
+
+
+def test_a_split_is_scored_as_it_comes():
+    """Images are seen once and let go; a scorer that answers with the number of its call tells which batch was which."""
+    records = [[record("p0", "ab"), record("p1", "a")], [record("p2", "abc")]]
+    batches = [collate(some, SCALE, pairs=ChosenPairs()) for some in records]
+    calls = []
+
+    def scorer(images, prompts, dimensions=None):
+        calls.append([tuple(image.shape) for image in images])
+        return ScoreDistribution(
+            torch.full((len(prompts), 4, 9), 0.0).index_fill(-1, torch.tensor(len(calls)), 5.0), SCALE.bins
+        )
+
+    scorer.rubric = Rubric.load("zr:direct")
+    held, q = score_split(scorer, iter(batches))
+    assert calls == [[(3, 4, 4)] * 3] * 2
+    assert held.records == ["p0", "p0", "p1", "p2", "p2", "p2"]
+    assert [batch.images for batch in held.batches] == [[], []]
+    assert len(batches[0].images) == 3
+    assert q.mode[:, 0].tolist() == [1.5] * 3 + [2.0] * 3
+    assert held.votes.shape == (6, 4, 9)

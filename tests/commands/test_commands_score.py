@@ -14,7 +14,7 @@ from PIL import Image
 from plain import build
 
 from zr.cli import main
-from zr.commands import score as command
+from zr.commands import measuring
 from zr.commands.score import fingerprint, score
 from zr.data import Candidate, Record, shapes, write_shards
 from zr.models import LinearHead, Policy, ReasoningReward, RewardModel, SamplingRule, ScoreTokenHead, compose, load, reward
@@ -483,5 +483,5 @@ def test_names_that_are_no_unicode(home):
 def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
     for there, chosen in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert command._device("auto") == chosen
-        assert command._device("cuda:1") == "cuda:1"
+        assert measuring.chosen("auto") == chosen
+        assert measuring.chosen("cuda:1") == "cuda:1"

@@ -88,6 +88,12 @@ def test_teacher():
     assert teacher.sum() == pytest.approx(1.0)
     with pytest.raises(ValueError, match=r"'p0'.*'nobody'.*other, t"):
         collate([record], SCALE, labeller="nobody")
+    annotated = make("p1", 2, scores={"aesthetics": scores(a=(1,))})
+    assert not collate([annotated], SCALE, labeller="t").teacher.any()
+    chosen = make("p2", 2, preferences={"aesthetics": [("a", "b", 1.0)]})
+    assert not collate([chosen], SCALE, labeller="t").teacher.any()
+    with pytest.raises(ValueError, match=r"'p3'.*'t' \(labellers: none\): label the split first"):
+        collate([make("p3")], SCALE, labeller="t")
 
 
 def naive_pairs(batch, record_scores, minimum_gap, ties):

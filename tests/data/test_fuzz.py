@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from zr.data import Annotation, Candidate, LabelledDistribution, Record, read_shards, write_shards
+from zr.data import Annotation, Candidate, LabelledDistribution, Reasoning, Record, read_shards, write_shards
 from zr.data.record import parse_json, read_image
 from zr.rubric import Scale
 
@@ -34,6 +34,9 @@ def picture(kind="PNG", mode="RGB", size=(12, 9), seed=0, **options):
     return file.getvalue()
 
 
+HOW = Reasoning(traces=1, forced=0, tokens=3, spread=0.0, probs=((0.2, 0.3, 0.5, 0.0),), ids=((7, 0, 9),))
+
+
 def full_record(key="p-1"):
     return Record(
         key=key,
@@ -43,7 +46,7 @@ def full_record(key="p-1"):
             "realism": {"a": {"anna": Annotation(2.0), "bob": Annotation(1.5, True, 2.0)}, "b_2": {"anna": Annotation(3.0)}}
         },
         preferences={"aesthetics": [("a", "b_2", 0.75)]},
-        distributions={"realism": {"a": {"t": LabelledDistribution((0.2, 0.3, 0.5, 0.0), ("why",), SCALE.scale_id)}}},
+        distributions={"realism": {"a": {"t": LabelledDistribution((0.2, 0.3, 0.5, 0.0), ("why",), SCALE.scale_id, 0.1, HOW)}}},
         texts={"realism": {"b_2": "no shadow"}},
     )
 
@@ -175,6 +178,15 @@ def check_accepted(record, ids):
                 assert abs(sum(d.probs) - 1) < 2e-3
                 assert d.scale_id == SCALE.scale_id
                 "".join(d.traces).encode()
+                assert d.off_scale is None or 0 <= d.off_scale <= 1
+                if d.reasoning is not None:
+                    how = d.reasoning
+                    assert 0 <= how.forced <= how.traces != 0
+                    assert how.tokens >= 0
+                    assert 0 <= how.spread < math.log(how.traces) + 2e-3
+                    assert {len(d.traces), len(how.probs), len(how.ids)} <= {0, how.traces}
+                    assert all(len(row) == 4 and min(row) >= 0 and abs(sum(row) - 1) < 2e-3 for row in how.probs)
+                    assert all(type(i) is int and i >= 0 for row in how.ids for i in row)
     "".join(text for by in record.texts.values() for text in by.values()).encode()
 
 

@@ -112,13 +112,26 @@ def test_ranks_share_evaluation_and_keep_step_in_training(folder):
     assert sum(counts.values()) == 18
 
 
-def test_pairs_labeller_and_seed_reach_the_batches(folder):
+def test_pairs_labeller_and_seed_reach_the_batches(folder, tmp_path):
     batch = next(iter(ScoreData(folder, RUBRIC, pairs=AllPairs(ties=True), batch_size=13).train_dataloader()))
     assert len(batch.pairs) == 6
     assert (batch.preference == 0.5).all()
-    data = ScoreData(folder, RUBRIC, labeller="teacher")
-    with pytest.raises(ValueError, match=r"no distribution by labeller 'teacher'"):
-        next(iter(data.train_dataloader()))
+    assert not next(iter(ScoreData(folder, RUBRIC, labeller="teacher").train_dataloader())).teacher.any()
+    write_shards((replace(r, scores={}) for r in records("bare", 2)), tmp_path, RUBRIC.scale, split="train")
+    with pytest.raises(ValueError, match=r"no distribution by labeller 'teacher' \(labellers: none\): label the split first"):
+        next(iter(ScoreData(tmp_path, RUBRIC, labeller="teacher").train_dataloader()))
+
+
+def test_several_splits_train_together(folder):
+    data = ScoreData(folder, RUBRIC, train=["test", str(folder / "validation")], shuffle_buffer=4)
+    loader = data.train_dataloader()
+    assert len(loader) == 2
+    assert sorted(prompts(loader)) == expected("test") + expected("validation")
+    assert prompts(data.test_dataloader()) == expected("test")
+    with pytest.raises(FileNotFoundError, match="'elsewhere'"):
+        ScoreData(folder, RUBRIC, train=["test", "elsewhere"]).train_dataloader()
+    with pytest.raises(ValueError, match="train names no split: give one, or a list of at least one"):
+        ScoreData(folder, RUBRIC, train=[])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -1,6 +1,7 @@
 """Records: what is accepted, what is refused and how the message says it."""
 
 import io
+import json
 import struct
 import warnings
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from zr.data import Annotation, Candidate, LabelledDistribution, Record
+from zr.data import Annotation, Candidate, LabelledDistribution, Reasoning, Record
 from zr.data.record import decode, image_size, image_type, read_image
 from zr.rubric import Scale
 
@@ -36,6 +37,35 @@ def record(**changes):
         "texts": {"realism": {"b_2": "no shadow"}},
     }
     return Record(**{**given, **changes})
+
+
+def reasoned(off_scale=None, **changes):
+    how = Reasoning(**({"traces": 2, "forced": 1, "tokens": 9, "spread": 0.1} | changes))
+    label = LabelledDistribution((0.5, 0.5, 0.0), (), SCALE.scale_id, off_scale, how)
+    return {"realism": {"a": {"t": label}}}
+
+
+def test_what_traces_said_survives_json_and_is_left_out_where_nobody_told():
+    how = {"probs": ((0.5, 0.5, 0.0), (1.0, 0.0, 0.0)), "ids": ((3, 4), ())}
+    for given in (record(distributions=reasoned(0.25)), record(distributions=reasoned(**how))):
+        given.validate(SCALE)
+        data = json.loads(json.dumps(given.to_dict()))
+        assert Record.from_dict(data, {c.id: c.image for c in given.candidates}) == given
+    assert data["distributions"]["realism"]["a"]["t"] == {
+        "probs": [0.5, 0.5, 0.0],
+        "traces": [],
+        "scale_id": SCALE.scale_id,
+        "reasoning": {
+            "traces": 2,
+            "forced": 1,
+            "tokens": 9,
+            "spread": 0.1,
+            "probs": [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]],
+            "ids": [[3, 4], []],
+        },
+    }
+    bare = record().to_dict()["distributions"]["realism"]["a"]["t"]
+    assert set(bare) == {"probs", "traces", "scale_id"}
 
 
 def test_valid_records_pass_with_all_annotation_and_with_none():
@@ -103,6 +133,16 @@ BAD = {
     "probabilities": ({"distributions": one_distribution(0.5, 0.5)}, ["'p-1'", "2 probabilities for 3 bins"]),
     "sum": ({"distributions": one_distribution(0.5, 0.5, 0.5)}, ["'p-1'", "sum to one", "1.5"]),
     "negative": ({"distributions": one_distribution(1.5, -0.5, 0.0)}, ["'p-1'", "non-negative"]),
+    "outside": ({"distributions": reasoned(off_scale=1.5)}, ["'p-1'", "'a'", "off_scale must be a probability, got 1.5"]),
+    "forced": ({"distributions": reasoned(forced=3)}, ["'p-1'", "2 traces, 3 of them forced"]),
+    "no trace": ({"distributions": reasoned(traces=0, forced=0)}, ["'p-1'", "reasoning: 0 traces"]),
+    "spread": ({"distributions": reasoned(spread=0.8)}, ["'p-1'", "must be in [0, log 2], got 0.8", "label again"]),
+    "nan spread": ({"distributions": reasoned(spread=float("nan"))}, ["'p-1'", "got nan"]),
+    "ids": ({"distributions": reasoned(ids=((1,),))}, ["'p-1'", "2 traces, ids are given for 1"]),
+    "a trace's sum": (
+        {"distributions": reasoned(probs=((0.5, 0.5, 0.0), (0.5, 0.0, 0.0)))},
+        ["'p-1'", "reasoning.probs[1]", "sum to one", "0.5"],
+    ),
     "nan probability": ({"distributions": one_distribution(float("nan"), 0.5, 0.5)}, ["'p-1'", "sum to one"]),
     "truncated": (
         {"candidates": (Candidate("a", picture("JPEG", (64, 64))[:-400]),)},
@@ -132,6 +172,22 @@ BAD_JSON = {
     "choice": ({"preferences": {"realism": [["a", "b_2"]]}}, ["'p-1'", "preferences.realism[0]", "[a, b, share"]),
     "candidates": ({"candidates": "a"}, ["'p-1'", "candidates must be a list"]),
     "image": ({"candidates": [{"id": "z"}]}, ["'p-1'", "'z'", "image is missing"]),
+    "a half token": (
+        {
+            "distributions": {
+                "realism": {
+                    "a": {
+                        "t": {
+                            "probs": [1, 0, 0],
+                            "scale_id": "x",
+                            "reasoning": {"traces": 1.5, "forced": 0, "tokens": 2, "spread": 0},
+                        }
+                    }
+                }
+            }
+        },
+        ["'p-1'", "distributions.realism.a.t.reasoning.traces", "whole number", "1.5"],
+    ),
     "text": ({"texts": {"realism": {"a": 3}}}, ["'p-1'", "texts.realism.a must be str"]),
 }
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zr.data import Annotation, Candidate, LabelledDistribution, Record, read_shards, write_shards
+from zr.data import Annotation, Candidate, LabelledDistribution, Reasoning, Record, read_shards, write_shards
 from zr.data.record import parse_json
 from zr.rubric import Scale
 
@@ -33,10 +34,30 @@ def annotations(draw):
 
 
 @st.composite
-def distributions(draw):
+def probabilities(draw):
     weights = draw(st.lists(st.integers(0, 1000), min_size=9, max_size=9).filter(any))
-    probs = tuple(weight / sum(weights) for weight in weights)
-    return LabelledDistribution(probs, tuple(draw(st.lists(texts, max_size=2))), SCALE.scale_id)
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+@st.composite
+def distributions(draw):
+    off_scale = draw(st.none() | st.floats(0, 1))
+    if draw(st.booleans()):
+        return LabelledDistribution(draw(probabilities()), tuple(draw(st.lists(texts, max_size=2))), SCALE.scale_id, off_scale)
+    count = draw(st.integers(1, 3))
+
+    def none_or_all(each):
+        return tuple(draw(st.just([]) | st.lists(each, min_size=count, max_size=count)))
+
+    reasoning = Reasoning(
+        traces=count,
+        forced=draw(st.integers(0, count)),
+        tokens=draw(st.integers(0, 10**6)),
+        spread=draw(st.floats(0, math.log(count))),
+        probs=none_or_all(probabilities()),
+        ids=none_or_all(st.lists(st.integers(0, 250_000), max_size=3).map(tuple)),
+    )
+    return LabelledDistribution(draw(probabilities()), none_or_all(texts), SCALE.scale_id, off_scale, reasoning)
 
 
 def by_dimension(parts):

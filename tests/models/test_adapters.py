@@ -224,6 +224,47 @@ def test_saved_and_loaded_with_its_adapter(tmp_path, pictures, kind, family, hea
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("place", ["beside", "apart"])
+@pytest.mark.parametrize("kind", ["inside", "whole"])
+def test_an_adapter_keeps_the_precision_of_its_file(tmp_path, pictures, kind, place):
+    """On a base of bfloat16: trained in float32, saved beside its base or alone, loaded to the last bit; or saved in half."""
+    backbone = build("qwen3_vl")
+    backbone.save_pretrained(tmp_path / "base")
+    settings = {"dtype": torch.bfloat16, "rubric": backbone.rubric}
+    lora = LoraConfig(r=4, init_lora_weights=False, **KINDS[kind])
+    made = VLMBackbone.from_pretrained(tmp_path / "base", lora=lora, **settings)
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))  # a step of training
+    made.save_pretrained(tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        (tmp_path / "alone" / name).write_bytes((tmp_path / "both" / name).read_bytes())
+    alone = {"source": tmp_path / "base", "adapter": tmp_path / "alone"}
+    where = {"source": tmp_path / "both"} if place == "beside" else alone
+    try:
+        again = VLMBackbone.from_pretrained(**where, **settings)
+    except ValueError as error:
+        if "lm_head" not in str(error):
+            raise
+        pytest.skip("this transformers does not find an output layer's adapter in a file")  # 5.17
+    state, found = made.model.state_dict(), again.model.state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {name: (t.dtype, t.shape) for name, t in state.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    trained = {name for name, p in again.model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert {found[name].dtype for name in trained} == {torch.float32}
+    assert any((found[name] != found[name].bfloat16()).any() for name in trained)
+    answers = [compose(b.eval(), ScoreTokenHead).eval()(images=pictures, prompts=PROMPTS).logits for b in (made, again)]
+    assert torch.equal(*answers)
+    for folder in ("both", "alone"):
+        path = tmp_path / folder / "adapter_model.safetensors"
+        save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    half = VLMBackbone.from_pretrained(**where, **settings)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_into_the_weights(tmp_path, kind):
     backbone = adapted(kind)

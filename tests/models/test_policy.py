@@ -1,6 +1,7 @@
 """Traces against stock ``generate`` and the plain forward on each whole sequence."""
 
 from dataclasses import fields, replace
+from functools import partial
 
 import peft
 import pytest
@@ -9,7 +10,7 @@ from plain import FAMILIES, build, chat, forward
 from scipy.stats import chisquare
 
 from zr.data import shapes
-from zr.models import Policy, PrefixSampler, ReasoningReward, SamplingRule, Written
+from zr.models import Policy, PrefixSampler, ReasoningReward, SamplingRule, Written, branches
 from zr.models.policy import draw
 
 PROMPTS = ["red ring", "blue square, green triangle; yellow ring", "ring"]
@@ -303,9 +304,12 @@ def test_gradient_whatever_the_split(family, kind, pictures):
     for name, grad in whole.items():
         assert (grad - plain[name]).norm() <= 1e-4 * plain[name].norm() + 1e-6 * norm, name
     for size in (1, 2, 4, 6):
-        for name, grad in gradients(lambda size=size: split(size)).items():
+        parts = gradients(lambda size=size: split(size))
+        apart = torch.stack([(parts[name] - whole[name]).norm() for name in whole])
+        assert apart.norm() <= 1e-5 * norm, size  # the update as a whole
+        for name, distance in zip(whole, apart, strict=True):
             # a question whose rollouts are split is differentiated in parts, which rounds apart as whole sequences alone do
-            assert (grad - whole[name]).norm() <= 1e-5 * whole[name].norm() + (1e-6 if size == 1 else 1e-7) * norm, (size, name)
+            assert distance <= 1e-5 * whole[name].norm() + (1e-6 if size == 1 else 1e-7) * norm, (size, name)
 
 
 def test_select(policy, floats):
@@ -350,13 +354,13 @@ def test_ids_without_text_are_never_sampled(pictures):
 @pytest.fixture
 def passes(policy, monkeypatch):
     """Rows and longest suffix of each forward pass after the prefix, in order."""
-    seen, step = [], type(policy.backbone)._step
+    seen, through = [], type(policy.backbone)._through
 
-    def counted(backbone, prefix, suffixes):
-        seen.append((len(suffixes), max(map(len, suffixes))))
-        return step(backbone, prefix, suffixes)
+    def counted(backbone, ids, *states):
+        seen.append(tuple(ids.shape))
+        return through(backbone, ids, *states)
 
-    monkeypatch.setattr(type(policy.backbone), "_step", counted)
+    monkeypatch.setattr(type(policy.backbone), "_through", counted)
     return seen
 
 
@@ -407,6 +411,21 @@ def test_states_of_the_sampler_are_those_of_a_replay(policy, floats):
     assert traces(rollouts) == traces(replayed)
     assert rollouts.mask.sum(-1).diff().min() < 0  # ended in another order than they stand in
     torch.testing.assert_close(rollouts.logits, replayed.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sampling_leaves_the_prefix_as_it_was(policy, floats, monkeypatch):
+    """Bit for bit; and what is sampled does not hang on how much room there is for it."""
+    prefix, rule = policy.backbone.encode(floats, PROMPTS), SamplingRule(length=9, suppressed=FEW)
+    states = [tensor for layer in prefix.layers for tensor in layer] + [prefix.mask, prefix.position]
+    before, found = [tensor.clone() for tensor in states], []
+    for room in (128, 1):
+        monkeypatch.setattr(branches, "ROOM", room)
+        found.append(policy.sample(prefix=prefix, dimensions=NAMES, group_size=3, rule=rule, seeds=list(range(9))))
+        assert all(map(torch.equal, states, before))
+    assert 0 < found[0].forced.sum() < 9
+    assert traces(found[0]) == traces(found[1])
+    torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -504,7 +523,7 @@ def test_nan_in_the_logits(pictures):
                     )
 
 
-@pytest.mark.parametrize("way", ["sample", "evaluate"])
+@pytest.mark.parametrize("way", ["sample", "evaluate", "score"])
 def test_a_trace_that_does_not_fit_is_refused(policy, floats, way):
     """The last length that fits is that at which the longest row, written whole, fills the context."""
     prompts = policy.backbone.prompts
@@ -528,11 +547,12 @@ def test_a_trace_that_does_not_fit_is_refused(policy, floats, way):
             ):
                 policy.sample(prefix, NAMES, 2, SamplingRule(length=room + 1))
         else:
-            rule = SamplingRule(suppressed=FEW)
+            read = partial(policy.evaluate, rule=SamplingRule(suppressed=FEW)) if way == "evaluate" else policy.score
             short = (rollouts.mask.sum(-1) <= room).nonzero().flatten()
-            assert len(policy.evaluate(prefix, rollouts.select(short), rule).log_probs) == len(short) > 0
+            fitting = read(prefix=prefix, rollouts=rollouts.select(short))
+            assert len(fitting.log_probs if way == "evaluate" else fitting.mean) == len(short) > 0
             with pytest.raises(ValueError, match=rf"^row {longest}: .* trace of 8.* length 7 or less"):
-                policy.evaluate(prefix, rollouts, rule)
+                read(prefix=prefix, rollouts=rollouts)
     finally:
         prompts.length = whole
 

@@ -133,3 +133,12 @@ def test_a_panel_refuses_what_is_no_xml():
 def test_histograms_need_a_count_per_bin():
     with pytest.raises(ValueError, match="one count per bin: realism has 2 for 3 bins"):
         histograms({"realism": [1, 2]}, bins=(1, 3, 5))
+
+
+def test_a_scatter_of_two_scorers_names_them():
+    figure = scatter(MU, SCORE, KNOWN, NAMES, names=("student", "teacher"))
+    assert figure.title == "Student's expected score against the teacher's expected score"
+    shown = texts(figure.panels[0])
+    assert "student's expected score" in shown
+    assert "teacher's expected score" in shown
+    assert not [text for text in shown if "annotators" in text]

@@ -198,6 +198,35 @@ def test_off_scale_mass_where_the_head_computes_it(batches):
     assert found["off_scale"].item() == pytest.approx(whole.mean().item())
 
 
+def test_distance_to_stored_labels(batches):
+    """KL in loops and HPA against the labels' means, where there are labels: not in the first batch, nor in one dimension."""
+    metrics, rubric, given = ScoreMetrics(shapes.rubric()), shapes.rubric(), predictions(batches)
+    generator = torch.Generator().manual_seed(1)
+    kl, mu, wanted, records = [[] for _ in range(4)], [[] for _ in range(4)], [[] for _ in range(4)], [[] for _ in range(4)]
+    for number, (prediction, batch) in enumerate(zip(given, batches, strict=True)):
+        teacher = torch.randn(len(batch.prompts), 4, 9, generator=generator).softmax(-1)
+        teacher[:, 3] = 0
+        teacher[2, 1] = 0
+        metrics.update(prediction, replace(batch, teacher=teacher if number else None))
+        for n in range(len(batch.prompts) if number else 0):
+            for d in range(4):
+                t, q = teacher[n, d].tolist(), prediction.probs[n, d].tolist()
+                if sum(t):
+                    kl[d].append(sum(x * math.log(x / y) for x, y in zip(t, q, strict=True)))
+                    mu[d].append(float(prediction.mean[n, d].detach()))
+                    wanted[d].append(sum(x * b for x, b in zip(t, SCALE.bins, strict=True)))
+                    records[d].append(batch.keys[n].split(".")[0])
+    found = metrics.compute()
+    means = [sum(values) / len(values) for values in kl if values]
+    shares = [float(hpa(np.array(mu[d]), np.array(wanted[d]), np.array(records[d]))) for d in range(3)]
+    for d, name in enumerate(rubric.dimensions[:3]):
+        assert float(found[f"teacher_kl/{name}"]) == pytest.approx(means[d], rel=1e-4)
+        assert float(found[f"teacher_hpa/{name}"]) == pytest.approx(shares[d], abs=1e-6)
+    assert f"teacher_kl/{rubric.dimensions[3]}" not in found
+    assert float(found["teacher_kl"]) == pytest.approx(sum(means) / 3, rel=1e-4)
+    assert float(found["teacher_hpa"]) == pytest.approx(sum(shares) / 3, abs=1e-6)
+
+
 def test_nothing_is_kept_with_a_graph(batches):
     metrics = ScoreMetrics(shapes.rubric())
     metrics.update(predictions(batches)[0], batches[0])

@@ -4,7 +4,6 @@ import copy
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from plain import FAMILIES, build, chat, forward
+from ranks import run_both
 from safetensors.torch import load_file, save_file
 
 import zr
@@ -25,6 +25,7 @@ from zr.losses import (
     K2,
     K3,
     AbsoluteExpectationLoss,
+    BatchAdvantage,
     BinCrossEntropy,
     ClippedPolicyGradient,
     GapLoss,
@@ -347,7 +348,9 @@ def shared(devices, strategy, rank, root):
     """Both kinds of update, in one process or in one of two, each with a pair of its own."""
     found = {}
     for kind, updates in (("full", 1), ("lora", 2)):
-        stage = with_reference(stage_of(reward(backbone(kind=kind)), **gdso(updates, micro_batch=2)))
+        policy = PolicyTerm(advantage=BatchAdvantage(), loss=ClippedPolicyGradient(length=2.0, low=0.01, high=0.02))
+        parts = {"policy": policy, "micro_batch": 2, "part_norms_every": 1}
+        stage = with_reference(stage_of(reward(backbone(kind=kind)), **gdso(updates, **parts)))
         batch = make() if devices == 1 else make().select([rank])
         places = {"devices": devices, "default_root_dir": root} | ({"strategy": strategy} if devices > 1 else {})
         trainer = learn(stage, batch, **places)
@@ -365,24 +368,7 @@ def shared(devices, strategy, rank, root):
 def two(tmp_path_factory):
     """What each of two real processes found, by the strategy."""
     root = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    processes = []
-    for rank in range(2):
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        command = [sys.executable, __file__, str(root), str(rank)]
-        environment = os.environ | place | {"PYTHONPATH": path}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    run_both(__file__, str(root))
     return {strategy: [load_file(root / f"{strategy}.{rank}") for rank in range(2)] for strategy in STRATEGIES}
 
 
@@ -775,7 +761,7 @@ def test_options_that_are_refused(wrong, message):
 def test_models_that_are_refused():
     with pytest.raises(ValueError, match="label_mass needs the probability outside the labels: build the policy with off_s"):
         stage_of(reward(backbone(), off_scale=False), **gdso())
-    with pytest.raises(ValueError, match="greedy traces are all alike"):
+    with pytest.raises(ValueError, match="greedy traces have no log-probs"):
         stage_of(reward(backbone(), rule=replace(RULE, temperature=0.0)), **gdso())
     made = backbone()
     made.model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))

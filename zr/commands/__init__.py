@@ -19,6 +19,9 @@ __all__ = ["run"]
 SUBCOMMANDS: dict[str, tuple[str, ...]] = {"shards": ("write", "import_", "inspect")}
 SEVERAL: dict[str, dict[str, tuple[str | None, type]]] = {
     "score": {"images": ("+", Path), "--dimensions": ("+", str)},
+    "label": {"model": (None, str), "shards": (None, str), "out": (None, Path), "--dimensions": ("+", str)},
+    "calibrate": {"model": (None, Path), "shards": (None, str), "--dimensions": ("+", str)},
+    "agreement": {"teacher": (None, str), "student": (None, str), "shards": (None, str), "--dimensions": ("+", str)},
     "configs": {"name": ("?", str)},
     "prompt": {"text": (None, str)},
     "demo": {},

@@ -21,7 +21,7 @@ from zr.report.tables import UNDEFINED
 from zr.rubric import Scale
 from zr.version import __version__
 
-__all__ = ["Survey", "page", "survey"]
+__all__ = ["Survey", "page", "survey", "thumbnail"]
 
 THUMBNAIL = 224  # pixels of the shorter side, to keep the page small
 COUNTS = ("shards", "prompts", "images", "scores", "refined", "preferences", "distributions")
@@ -174,7 +174,7 @@ def _card(split: str, record: Record, scale: Scale, rng: np.random.Generator) ->
             said.append(f"{dimension} {together:.2f} ({_listed(scores)})")
     note = "; ".join(said) or "no score"
     title = f"{split}/{record.key}.{candidate.id}"
-    return Card(record.prompt, (), _thumbnail(decode(candidate, record.key)), title=title, note=note)
+    return Card(record.prompt, (), thumbnail(decode(candidate, record.key)), title=title, note=note)
 
 
 def _listed(scores: Sequence[float]) -> str:
@@ -184,7 +184,8 @@ def _listed(scores: Sequence[float]) -> str:
     return ", ".join(f"{count} x {score:g}" for score, count in sorted(Counter(scores).items()))
 
 
-def _thumbnail(image: Tensor) -> Tensor:
+def thumbnail(image: Tensor) -> Tensor:
+    """An image for a page, shrunk to a shorter side of at most ``THUMBNAIL`` pixels."""
     if min(image.shape[1:]) <= THUMBNAIL:
         return image
     small: Tensor = resize(image, [THUMBNAIL], antialias=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from zr.data import Batch
 from zr.metrics import Choices, evaluate
-from zr.models import Scorer
+from zr.models import RewardModel, Scorer, load
 from zr.scores import ScoreDistribution
 
-__all__ = ["HeldOut", "predict"]
+__all__ = ["HeldOut", "chosen", "loaded", "predict", "score_split"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,25 @@ class HeldOut:
         )
 
 
+def loaded(source: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> RewardModel:
+    """A model as ``--device`` and ``--dtype`` ask for it.
+
+    Args:
+        source: what :func:`zr.load` takes.
+        device: such as cpu or cuda:1; auto is cuda where there is one.
+        dtype: of the backbone's weights; auto is the one they were saved in.
+        options: of :func:`zr.load`.
+    """
+    if dtype != "auto":
+        options["dtype"] = dtype
+    return load(source, **options).to(chosen(device))
+
+
+def chosen(device: str) -> str:
+    """The device that ``--device`` stands for."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 @torch.inference_mode()
 def predict(scorer: Scorer, batches: Iterable[Batch]) -> ScoreDistribution:
     """Score the images of batches.
@@ -87,3 +107,24 @@ def predict(scorer: Scorer, batches: Iterable[Batch]) -> ScoreDistribution:
     """
     found = [scorer(images=batch.images, prompts=batch.prompts) for batch in batches]
     return ScoreDistribution(torch.cat([q.logits.cpu() for q in found]), found[0].bins.cpu())
+
+
+def score_split(scorer: Scorer, batches: Iterable[Batch]) -> tuple[HeldOut, ScoreDistribution]:
+    """Score batches as they come and keep their annotation without the images, so that a split need not fit into memory.
+
+    Args:
+        scorer: any scorer.
+        batches: N images in all.
+
+    Returns:
+        The annotation, and distributions of batch shape ``(N, D)``, on the CPU.
+    """
+    kept: list[Batch] = []
+
+    def passing() -> Iterator[Batch]:
+        for batch in batches:
+            kept.append(replace(batch, images=[]))
+            yield batch
+
+    q = predict(scorer, passing())
+    return HeldOut(kept, scorer.rubric.dimensions, scorer.rubric.bins), q

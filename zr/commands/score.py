@@ -42,6 +42,7 @@ def score(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     on_error: Literal["stop", "skip"] = "stop",
+    calibrated: bool = False,
 ) -> None:
     r"""Score images: expected score, standard deviation and distribution per dimension.
 
@@ -78,6 +79,7 @@ def score(
         device: such as cpu or cuda:1; auto is cuda where there is one.
         dtype: of the backbone's weights; auto is the one they were saved in.
         on_error: stop at the first image that cannot be scored, or skip it.
+        calibrated: apply the calibration that `zr calibrate` put into the model's folder.
 
     Raises:
         FileNotFoundError: no model, image, folder or split.
@@ -89,12 +91,11 @@ def score(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from zr.commands.inputs import Problems, count, items
-    from zr.models import load
+    from zr.commands.measuring import loaded
 
     _check(images, output, {"best": best, "batch_size": batch_size, "budget": budget})
-    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
-    scorer = load(model, rubric=rubric, budget=budget, **options).to(_device(device))
-    identity = fingerprint(model)
+    scorer = loaded(model, device, dtype, rubric=rubric, budget=budget, calibrated=calibrated)
+    identity = fingerprint(model, calibrated)
     if rubric is not None:
         identity += f"-{hashlib.blake2b(repr(scorer.rubric).encode(), digest_size=6).hexdigest()}"
     if dtype != "auto":
@@ -124,19 +125,22 @@ def score(
     _tell(made, before, problems)
 
 
-def fingerprint(model: str | Path) -> str:
+def fingerprint(model: str | Path, calibrated: bool = False) -> str:
     """What tells a model from any other: a digest of all files in its folder that loading may read.
 
     Every byte counts, so it takes some two seconds for each gigabyte, and a model that is loaded and saved anew may be another.
 
     Args:
         model: folder of a model, or of a run, or a name on the hub.
+        calibrated: whether it answers through its calibration; if not, that may come and go.
     """
     from zr.models.loading import READ, model_folder
+    from zr.models.reward import CALIBRATED_STATISTICS, CALIBRATION
 
     folder = model_folder(model)
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted({path for pattern in READ for path in folder.rglob(pattern)}):
+    unread = set() if calibrated else {folder / CALIBRATION, folder / CALIBRATED_STATISTICS}
+    for path in sorted({path for pattern in READ for path in folder.rglob(pattern)} - unread):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
@@ -153,12 +157,6 @@ def _check(images: Sequence[Path], output: Path | None, numbers: Mapping[str, in
         raise ValueError(f"--output {output} must end in {', '.join(OUTPUTS)}, so that it is known what to write")
     if output.resolve() in [path.resolve() for path in images]:
         raise ValueError(f"--output {output} is read as input too: write to another file")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _journal(output: Path | None, best: int | None, head: Mapping[str, Any], stack: ExitStack) -> tuple[Journal, Path | None]:

@@ -25,10 +25,17 @@ if TYPE_CHECKING:
     from zr.data.batch import PairPolicy as PairPolicy
     from zr.data.batch import RandomPairs as RandomPairs
     from zr.data.batch import collate as collate
+    from zr.data.labelling import LabelBatch as LabelBatch
+    from zr.data.labelling import LabelData as LabelData
+    from zr.data.labels import LabelledFolder as LabelledFolder
     from zr.data.module import ScoreData as ScoreData
+    from zr.data.prompts import PromptBatch as PromptBatch
+    from zr.data.prompts import PromptData as PromptData
+    from zr.data.prompts import read_prompts as read_prompts
     from zr.data.record import Annotation as Annotation
     from zr.data.record import Candidate as Candidate
     from zr.data.record import LabelledDistribution as LabelledDistribution
+    from zr.data.record import Reasoning as Reasoning
     from zr.data.record import Record as Record
     from zr.data.shards import Index as Index
     from zr.data.shards import read_shards as read_shards
@@ -50,9 +57,15 @@ _HOME = {
     "Index": "shards",
     "Item": "annotation",
     "KonIQ": "sources.koniq",
+    "LabelBatch": "labelling",
+    "LabelData": "labelling",
     "LabelledDistribution": "record",
+    "LabelledFolder": "labels",
     "PairPolicy": "batch",
+    "PromptBatch": "prompts",
+    "PromptData": "prompts",
     "RandomPairs": "batch",
+    "Reasoning": "record",
     "Record": "record",
     "Removal": "annotation",
     "ScoreData": "module",
@@ -61,6 +74,7 @@ _HOME = {
     "collate": "batch",
     "collect": "annotation",
     "krippendorff_alpha": "annotation",
+    "read_prompts": "prompts",
     "read_shards": "shards",
     "removal": "annotation",
     "write_shards": "shards",

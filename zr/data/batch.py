@@ -257,8 +257,8 @@ def collate(
         epoch: see ``seed``.
 
     Raises:
-        ValueError: no record, an image that cannot be decoded, a record without distribution of ``labeller``; the message
-            names record and candidate.
+        ValueError: no record, an image that cannot be decoded, a record that is not annotated and without distribution by
+            ``labeller``, or with distributions by others only; the message names record and candidate.
 
     Example:
         >>> import io, zr
@@ -304,7 +304,8 @@ def _one(record: Record, scale: Scale, policy: PairPolicy | None, labeller: str 
             for i, j, share in policy(dict(sorted(known.items())), choices, generator):
                 chosen = frozenset((i, j)) in compared
                 found.append((i, j, d, share, chosen) if generator.random() < 0.5 else (j, i, d, 1.0 - share, chosen))
-    if labeller is not None and not labelled:
+    annotated = any(record.scores.values()) or any(record.preferences.values())
+    if labeller is not None and not labelled and (record.distributions or not annotated):
         there = sorted({who for by in record.distributions.values() for given in by.values() for who in given})
         raise ValueError(
             f"record {record.key!r} has no distribution by labeller {labeller!r} (labellers: {', '.join(there) or 'none'}): "

@@ -32,8 +32,8 @@ class ScoreData(L.LightningDataModule):
         rubric: its scale must be that of the shards.
         batch_size: prompts in a batch; each comes with all its images. With ``pairs_per_batch`` it only says how long a
             training epoch is: the prompts of the fullest rank / ``batch_size`` batches.
-        train: name of the split for training. For a split of another folder write ``OTHER_FOLDER/SPLIT``: an absolute path
-            or address, or relative to ``folder``. So for the next three.
+        train: name of the split for training, or a list of names, whose shards are mixed. For a split of another folder write
+            ``OTHER_FOLDER/SPLIT``: an absolute path or address, or relative to ``folder``. So for the next three.
         validation: name of the split for validation; None for none (and ``limit_val_batches: 0`` for the Trainer).
         test: name of the split for testing.
         predict: name of the split for prediction.
@@ -75,7 +75,7 @@ class ScoreData(L.LightningDataModule):
         folder: str | Path,
         rubric: Rubric,
         batch_size: int = 8,
-        train: str = "train",
+        train: str | list[str] = "train",
         validation: str | None = "validation",
         test: str = "test",
         predict: str = "test",
@@ -97,6 +97,8 @@ class ScoreData(L.LightningDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not train:
+            raise ValueError("train names no split: give one, or a list of at least one")
         if pairs_per_batch is not None and pairs is None:
             raise ValueError("pairs_per_batch needs a pair policy: give pairs, for example AllPairs()")
         if on_error not in ("stop", "skip"):
@@ -145,15 +147,17 @@ class ScoreData(L.LightningDataModule):
         """Batches of the split to predict, each record once."""
         return self._loader(self.predict)
 
-    def _loader(self, split: str, training: bool = False) -> ShardLoader:
-        path = self._path(split)
-        shards = Index.load(path.parent).shards(path.name, self.rubric.scale, whole=self.on_error == "stop")
+    def _loader(self, splits: str | list[str], training: bool = False) -> ShardLoader:
+        paths = [self._path(split) for split in ([splits] if isinstance(splits, str) else splits)]
+        found = [Index.load(p.parent).shards(p.name, self.rubric.scale, whole=self.on_error == "stop") for p in paths]
+        shards = tuple(shard for of_split in found for shard in of_split)
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         workers = max(1, self.num_workers) if training else 1  # a worker without a shard is idle; a rank without one hangs
         if len(shards) < ranks * workers:
             fitting = max(1, sum(s.records for s in shards) // (ranks * workers))
             raise ValueError(
-                f"split {path.name!r} of {path.parent} has {len(shards)} shards for {ranks} ranks x {workers} workers: "
+                f"split {', '.join(repr(path.name) for path in paths)} of {paths[0].parent} has {len(shards)} shards for "
+                f"{ranks} ranks x {workers} workers: "
                 f"write it with per_shard of {fitting} or less, or use fewer workers or devices"
             )
         return ShardLoader(

@@ -12,9 +12,9 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "Annotation",
     "Candidate",
     "LabelledDistribution",
+    "Reasoning",
     "Record",
     "decode",
     "image_size",
@@ -47,6 +48,7 @@ MAGIC = (
 )
 # orientation 2 to 8 in the EXIF data of a WebP, little or big endian
 TURNED = re.compile(rb"EXIF.*(\x12\x01\x03\0\x01\0\0\0[\x02-\x08]\0|\x01\x12\0\x03\0\0\0\x01\0[\x02-\x08])", re.DOTALL)
+T = TypeVar("T")
 SURROGATE = re.compile("[\ud800-\udfff]")
 FILTERS = Lock()  # of warnings, which all threads share: two that change them at a time would leave them changed
 SHORT = reprlib.Repr()
@@ -82,6 +84,27 @@ class Annotation:
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """How the traces agree whose distributions a labeller averaged.
+
+    Args:
+        traces: how many there were.
+        forced: of them, how many the limit of length cut.
+        tokens: written in all of them together.
+        spread: mean KL(q_k || q) between the distribution after each trace and their mean, in nats.
+        probs: the distributions after each trace; may be empty.
+        ids: of the tokens of each trace, which its text may not give back; may be empty.
+    """
+
+    traces: int
+    forced: int
+    tokens: int
+    spread: float
+    probs: tuple[tuple[float, ...], ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class LabelledDistribution:
     """A labeller's (usually a teacher's) distribution over the scores of one image in one dimension.
 
@@ -89,11 +112,15 @@ class LabelledDistribution:
         probs: K probabilities, lowest bin first.
         traces: the reasoning that led to it; may be empty.
         scale_id: identity of the scale whose bins the probabilities belong to.
+        off_scale: probability that the labeller put outside the labels; None where it did not say.
+        reasoning: how its traces agree; None of a labeller that writes none, or did not say.
     """
 
     probs: tuple[float, ...]
     traces: tuple[str, ...] = ()
     scale_id: str = ""
+    off_scale: float | None = None
+    reasoning: Reasoning | None = None
 
 
 @dataclass(frozen=True)
@@ -216,15 +243,11 @@ class Record:
                             f"{place}: made for scale {SHORT.repr(labelled.scale_id)}, this is scale {scale.scale_id!r} "
                             f"({', '.join(scale.dimensions)}; {len(scale.bins)} bins): use the labeller's rubric or label again"
                         )
-                    if len(labelled.probs) != len(scale.bins):
-                        raise ValueError(
-                            f"{place}: {len(labelled.probs)} probabilities for {len(scale.bins)} bins: give one per bin"
-                        )
-                    if not (all(0.0 <= p <= 2.0 for p in labelled.probs) and abs(math.fsum(labelled.probs) - 1.0) <= 1e-3):
-                        raise ValueError(
-                            f"{place}: probabilities must be non-negative and sum to one, got {labelled.probs} "
-                            f"(sum {sum(labelled.probs):g}): store probabilities, not logits or counts"
-                        )
+                    _check_probs(labelled.probs, scale, place)
+                    if not (labelled.off_scale is None or 0.0 <= labelled.off_scale <= 1.0):
+                        raise ValueError(f"{place}.off_scale must be a probability, got {labelled.off_scale}: leave it out")
+                    if labelled.reasoning is not None:
+                        _check_reasoning(labelled.reasoning, labelled.traces, scale, f"{place}.reasoning")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data without the images, which :meth:`from_dict` takes beside it.
@@ -241,8 +264,7 @@ class Record:
         }
         distributions = {
             dimension: {
-                name: {who: {"probs": list(d.probs), "traces": list(d.traces), "scale_id": d.scale_id} for who, d in by.items()}
-                for name, by in by_candidate.items()
+                name: {who: _plain_distribution(labelled) for who, labelled in by.items()} for name, by in by_candidate.items()
             }
             for dimension, by_candidate in self.distributions.items()
         }
@@ -436,6 +458,15 @@ def _plain_annotation(annotation: Annotation) -> float | dict[str, float | bool]
     return {"score": score, "refined": annotation.refined, **coarse}
 
 
+def _plain_distribution(labelled: LabelledDistribution) -> dict[str, Any]:
+    plain: dict[str, Any] = {"probs": list(labelled.probs), "traces": list(labelled.traces), "scale_id": labelled.scale_id}
+    if labelled.off_scale is not None:
+        plain["off_scale"] = labelled.off_scale
+    if labelled.reasoning is not None:
+        plain["reasoning"] = {name: part for name, part in asdict(labelled.reasoning).items() if part != ()}
+    return plain
+
+
 def _annotation(value: Any, place: str) -> Annotation:
     if isinstance(value, Mapping):
         entry = _fields(value, place, required=("score",), optional=("refined", "coarse"))
@@ -458,12 +489,26 @@ def _choices(value: Any, place: str) -> list[tuple[str, str, float]]:
 
 
 def _distribution(value: Any, place: str) -> LabelledDistribution:
-    entry = _fields(value, place, required=("probs", "scale_id"), optional=("traces",))
+    entry = _fields(value, place, required=("probs", "scale_id"), optional=("traces", "off_scale", "reasoning"))
     _check_type(entry["scale_id"], str, f"{place}.scale_id")
     return LabelledDistribution(
-        probs=tuple(_number(p, f"{place}.probs[{i}]") for i, p in enumerate(_list(entry["probs"], f"{place}.probs"))),
-        traces=tuple(_text(t, f"{place}.traces[{i}]") for i, t in enumerate(_list(entry.get("traces", []), f"{place}.traces"))),
+        probs=_each(entry["probs"], f"{place}.probs", _number),
+        traces=_each(entry.get("traces", []), f"{place}.traces", _text),
         scale_id=entry["scale_id"],
+        off_scale=_number(entry["off_scale"], f"{place}.off_scale") if "off_scale" in entry else None,
+        reasoning=_reasoning(entry["reasoning"], f"{place}.reasoning") if "reasoning" in entry else None,
+    )
+
+
+def _reasoning(value: Any, place: str) -> Reasoning:
+    entry = _fields(value, place, required=("traces", "forced", "tokens", "spread"), optional=("probs", "ids"))
+    return Reasoning(
+        traces=_whole(entry["traces"], f"{place}.traces"),
+        forced=_whole(entry["forced"], f"{place}.forced"),
+        tokens=_whole(entry["tokens"], f"{place}.tokens"),
+        spread=_number(entry["spread"], f"{place}.spread"),
+        probs=_each(entry.get("probs", []), f"{place}.probs", lambda row, where: _each(row, where, _number)),
+        ids=_each(entry.get("ids", []), f"{place}.ids", lambda row, where: _each(row, where, _whole)),
     )
 
 
@@ -481,6 +526,16 @@ def _number(value: Any, place: str) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{place} must be a number, got an integer of {int(value).bit_length()} bits: correct it") from None
+
+
+def _whole(value: Any, place: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{place} must be a whole number, 0 or more, got {SHORT.repr(value)}: correct it")
+    return value
+
+
+def _each(data: Any, place: str, leaf: Callable[[Any, str], T]) -> tuple[T, ...]:
+    return tuple(leaf(value, f"{place}[{i}]") for i, value in enumerate(_list(data, place)))
 
 
 def _tree(data: Any, place: str, depth: int, leaf: Callable[[Any, str], Any]) -> dict[str, Any]:
@@ -519,6 +574,29 @@ def _check_name(name: Any, place: str) -> None:
         raise ValueError(
             f"{place} is no safe file name: use 1 to 64 letters, digits, '_' and '-', beginning with a letter or digit"
         )
+
+
+def _check_probs(probs: Sequence[float], scale: Scale, place: str) -> None:
+    if len(probs) != len(scale.bins):
+        raise ValueError(f"{place}: {len(probs)} probabilities for {len(scale.bins)} bins: give one per bin")
+    if not (all(0.0 <= p <= 2.0 for p in probs) and abs(math.fsum(probs) - 1.0) <= 1e-3):
+        raise ValueError(
+            f"{place}: probabilities must be non-negative and sum to one, got {probs} "
+            f"(sum {sum(probs):g}): store probabilities, not logits or counts"
+        )
+
+
+def _check_reasoning(reasoning: Reasoning, texts: Sequence[str], scale: Scale, place: str) -> None:
+    count = reasoning.traces
+    if not (count >= 1 and 0 <= reasoning.forced <= count and reasoning.tokens >= 0):
+        raise ValueError(f"{place}: {count} traces, {reasoning.forced} of them forced, {reasoning.tokens} tokens: correct them")
+    if not 0.0 <= reasoning.spread <= math.log(count) + 1e-3:
+        raise ValueError(f"{place}.spread of {count} traces must be in [0, log {count}], got {reasoning.spread}: label again")
+    for name, part in (("traces", texts), ("probs", reasoning.probs), ("ids", reasoning.ids)):
+        if len(part) not in (0, count):
+            raise ValueError(f"{place} is of {count} traces, {name} are given for {len(part)}: give them for all or for none")
+    for i, probs in enumerate(reasoning.probs):
+        _check_probs(probs, scale, f"{place}.probs[{i}]")
 
 
 def _check_known(name: str, ids: Collection[str], place: str) -> None:

@@ -211,13 +211,13 @@ def write_shards(
         path = home / f"{split}-{len(shards):06d}.tar"
         finished = _finished(path)
         count = 0
-        with atomic(path) as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        with tar_writer(path) as tar:
             for record in chain([first], islice(source, per_shard - 1)):
                 record.validate(scale, images=False)
                 if record.key in keys:
                     raise ValueError(f"record {record.key!r}: its key is repeated in split {split!r}: give each record its own")
                 keys.add(record.key)
-                sample = _sample(record)
+                sample = as_sample(record)
                 if sample != next(finished, None):
                     for candidate in record.candidates:
                         decode(candidate, record.key)
@@ -310,6 +310,20 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+@contextmanager
+def tar_writer(path: Path) -> Iterator[Any]:
+    """A tar to write samples into, whose bytes depend on them alone; see :func:`atomic`."""
+    with atomic(path) as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        yield tar
+
+
+def as_sample(record: Record) -> dict[str, Any]:
+    """A record as WebDataset writes it."""
+    text = json.dumps(record.to_dict(), ensure_ascii=False, sort_keys=True, allow_nan=False)
+    images = {f"{c.id}.{image_type(c.image)}": c.image for c in record.candidates}
+    return {"__key__": record.key, "json": text.encode(), **images}
+
+
 def check_scale(index: Index, scale: Scale) -> None:
     """Raise a ValueError that names both scales unless they are one."""
     if index.scale.scale_id != scale.scale_id:
@@ -341,12 +355,6 @@ def _clear(folder: Path, split: str, shards: Sequence[Shard]) -> None:
     for name in {path.name for path in folder.iterdir()} - {shard.path.name for shard in shards}:
         if left.fullmatch(name):
             (folder / name).unlink()
-
-
-def _sample(record: Record) -> dict[str, Any]:
-    text = json.dumps(record.to_dict(), ensure_ascii=False, sort_keys=True, allow_nan=False)
-    images = {f"{c.id}.{image_type(c.image)}": c.image for c in record.candidates}
-    return {"__key__": record.key, "json": text.encode(), **images}
 
 
 def _samples(shard: Shard) -> Iterator[dict[str, Any] | Fault]:

@@ -38,6 +38,7 @@ from zr.losses.expectation import (
     absolute_expectation_loss,
     squared_expectation_loss,
 )
+from zr.losses.flow_matching import flow_matching_loss, on_the_way
 from zr.losses.kl_estimators import (
     K1,
     K2,
@@ -134,6 +135,7 @@ __all__ = [
     "clipped_policy_gradient_loss",
     "exact_gradient_loss",
     "fidelity_loss",
+    "flow_matching_loss",
     "forward_kl",
     "gap_loss",
     "group_advantage",
@@ -146,6 +148,7 @@ __all__ = [
     "leave_one_out_advantage",
     "linear_weights",
     "on_policy_distillation_loss",
+    "on_the_way",
     "pairwise_reward",
     "pathwise_loss",
     "pointwise_reward",

@@ -145,4 +145,4 @@ def _check_temperature(temperature: float) -> None:
 
 def _softened(distribution: ScoreDistribution, temperature: float) -> ScoreDistribution:
     _check_temperature(temperature)
-    return ScoreDistribution(distribution.logits / temperature, distribution.bins, validate_args=False)
+    return distribution.tempered(temperature)

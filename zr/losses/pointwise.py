@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 NARROW = 0.03  # share of the least distance of bins: a Gaussian narrower than this gives linear weights, to 1e-20
-HALVINGS = 100  # of the interval that holds the tilt: to the last bit of float64
 
 
 def bin_cross_entropy(prediction: ScoreDistribution, score: Tensor) -> Tensor:
@@ -243,7 +242,8 @@ def tilted_gaussian_label(score: Tensor, variance: Tensor, bins: Tensor) -> Tens
     s, value, spread = bins.detach().double(), score.detach().double(), variance.detach().double().sqrt()
     slack = (s[-1] - s[0]) * 1e-5  # rounding, as for linear weights
     wide = (spread > NARROW * s.diff().min()) & (value > s[0] + slack) & (value < s[-1] - slack)
-    label[wide] = _tilted(_gaussian_cells(value[wide], spread[wide], s), value[wide], s).to(label.dtype)
+    cells = ScoreDistribution(_gaussian_cells(value[wide], spread[wide], s), s, validate_args=False)
+    label[wide] = cells.tilted(value[wide]).probs.to(label.dtype)
     return label
 
 
@@ -381,16 +381,3 @@ def _gaussian_cells(mean: Tensor, std: Tensor, bins: Tensor) -> Tensor:
     upper = torch.special.log_ndtr(high)
     cells: Tensor = upper + (-torch.expm1(torch.special.log_ndtr(low) - upper)).log()
     return cells
-
-
-def _tilted(log_probs: Tensor, mean: Tensor, bins: Tensor) -> Tensor:
-    """``(N, K)`` probabilities of the tilted distribution that has the mean; it grows with the tilt, so bisection finds it."""
-    inside = torch.minimum(mean - bins[0], bins[-1] - mean)
-    reach = log_probs.amax(-1) - log_probs.amin(-1) + (len(bins) * (bins[-1] - bins[0]) / inside).log() + 1
-    high = (reach / bins.diff().min()).unsqueeze(-1)  # beyond it an end bin outweighs all others
-    low = -high
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        above = ((log_probs + middle * bins).softmax(-1) * bins).sum(-1) > mean
-        low, high = torch.where(above.unsqueeze(-1), low, middle), torch.where(above.unsqueeze(-1), middle, high)
-    return (log_probs + (low + high) / 2 * bins).softmax(-1)

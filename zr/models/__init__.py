@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from zr.models.backbones.tiny import tiny_qwen3_5 as tiny_qwen3_5
     from zr.models.backbones.tiny import tiny_qwen3_vl as tiny_qwen3_vl
     from zr.models.backbones.vlm import VLMBackbone as VLMBackbone
+    from zr.models.calibration import Calibration as Calibration
+    from zr.models.calibration import Isotonic as Isotonic
+    from zr.models.calibration import Temperature as Temperature
+    from zr.models.comparison import ComparisonReward as ComparisonReward
+    from zr.models.comparison import comparing as comparing
     from zr.models.heads import Head as Head
     from zr.models.heads import LinearHead as LinearHead
     from zr.models.heads import OrdinalHead as OrdinalHead
@@ -46,8 +51,11 @@ if TYPE_CHECKING:
 _HOME = {
     "Aggregation": "aggregation",
     "CLIPBackbone": "backbones.clip",
+    "ComparisonReward": "comparison",
+    "Calibration": "calibration",
     "Evaluation": "policy",
     "Head": "heads",
+    "Isotonic": "calibration",
     "LinearHead": "heads",
     "Minimum": "aggregation",
     "OrdinalHead": "heads",
@@ -63,10 +71,12 @@ _HOME = {
     "ScoreTokenHead": "heads",
     "Scorer": "scorer",
     "SoftMinimum": "aggregation",
+    "Temperature": "calibration",
     "VLMBackbone": "backbones.vlm",
     "WeightedSum": "aggregation",
     "Written": "policy",
     "as_reward": "scorer",
+    "comparing": "comparison",
     "compose": "reward",
     "load": "loading",
     "measure_scale": "scorer",

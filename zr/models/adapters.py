@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
-__all__ = ["merge_adapters", "rows_of_output", "save_model"]
+__all__ = ["base_state", "merge_adapters", "restore_precision", "rows_of_output", "save_model"]
 
 PRECISIONS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+WEIGHTS = "adapter_model.safetensors"
 
 
 def rows_of_output(layer: nn.Module, ids: Sequence[int], features: Tensor) -> Tensor:
@@ -120,15 +123,40 @@ def save_model(model: Any, folder: str | Path) -> None:
     _forget_file_names(model)
     model._hf_peft_config_loaded = False  # else only the adapter would be written
     try:
-        model.save_pretrained(folder, state_dict=_base_state(model))
+        model.save_pretrained(folder, state_dict=base_state(model))
     finally:
         model._hf_peft_config_loaded = True
     tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in state.items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 
-def _base_state(model: nn.Module) -> dict[str, Tensor]:
+def restore_precision(model: Any, source: str | Path, revision: str | None = None) -> None:
+    """Read an adapter of float32 once more, as it was saved: transformers rounds it to the precision of the base model.
+
+    What was trained in float32 so scores the same after loading, and can be trained on.
+
+    Args:
+        model: with one adapter, which has just been loaded.
+        source: where from: a folder, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+    """
+    (name,) = model.active_adapters()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if model.peft_config[name].peft_type != "LORA" or all(weight.dtype == torch.float32 for weight in weights):
+        return
+    path = cached_file(str(source), WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:  # an adapter that is no safetensors file
+        return
+    with safe_open(path, "pt") as file:
+        saved = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no mapping)
+    if saved == {"F32"}:
+        for weight in weights:
+            weight.data = weight.data.float()
+        model.load_adapter(str(source), name, is_trainable=True, hotswap=True, adapter_kwargs={"revision": revision})
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model as it was before adapters were added."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from zr.models.adapters import rows_of_output
+from zr.models.sharding import inside, through
 from zr.rubric import Rubric
 
 __all__ = ["Backbone", "Head", "LinearHead", "OrdinalHead", "ScoreTokenHead", "ordinal_log_probs", "outside"]
@@ -98,13 +99,13 @@ class ScoreTokenHead(Head):
     def forward(self, features: Tensor, dimension_index: Tensor) -> Tensor:
         """Logits of the labels' tokens."""
         self.output = self._backbone[0].output  # peft puts a wrapper in the layer's place
-        return rows_of_output(self.output, self.label_ids, features)
+        return inside(self.output, lambda states: rows_of_output(self.output, self.label_ids, states), features)
 
     def log_mass(self, features: Tensor) -> Tensor | None:
         """``(B, D)`` log-probability that the next token is a label: finite, and with a gradient, however rare labels are."""
         if not self.with_off_scale:
             return None
-        log_probs: Tensor = self.output(features).float().log_softmax(-1)
+        log_probs = through(self.output, features).float().log_softmax(-1)
         return log_probs[..., self.label_ids].logsumexp(-1)
 
     def config(self) -> dict[str, Any]:

@@ -18,9 +18,21 @@ from torch import nn
 from zr.models.adapters import merge_adapters as merge
 from zr.models.aggregation import ScaleStatistics
 from zr.models.backbones.vlm import VLMBackbone
+from zr.models.calibration import Calibration
+from zr.models.comparison import ComparisonReward
 from zr.models.heads import Head, ScoreTokenHead
 from zr.models.policy import Policy, SamplingRule
-from zr.models.reward import ABOUT, FORMAT, RUN_MODEL, STATISTICS, ReasoningReward, RewardModel, own_tensors
+from zr.models.reward import (
+    ABOUT,
+    CALIBRATED_STATISTICS,
+    CALIBRATION,
+    FORMAT,
+    RUN_MODEL,
+    STATISTICS,
+    ReasoningReward,
+    RewardModel,
+    own_tensors,
+)
 from zr.rubric import Rubric
 from zr.version import __version__
 
@@ -37,6 +49,7 @@ def load(
     revision: str | None = None,
     merge_adapters: bool = False,
     budget: int | None = None,
+    calibrated: bool = False,
     **options: Any,
 ) -> RewardModel:
     """Load a model: what ``save_pretrained`` wrote, or a plain vision-language model to be asked under a rubric.
@@ -50,19 +63,24 @@ def load(
         revision: branch, tag or commit on the hub.
         merge_adapters: fold LoRA adapters into the weights: equal scores, at the base model's speed.
         budget: most tokens of one pass; see :class:`~zr.models.RewardModel`.
+        calibrated: let every answer go through the calibration that is kept with the model; without it the model answers by
+            itself, as in training, and what it saves has no calibration. Its statistics are then those of calibrated scores.
         options: how the backbone is loaded: ``dtype``, and for vision-language models ``device_map``,
             ``attn_implementation``, ``quantization_config``, ...; see its ``from_pretrained``.
 
     Returns:
-        The model, in evaluation mode; a :class:`~zr.models.ReasoningReward` where one was saved.
+        The model, in evaluation mode; a :class:`~zr.models.ReasoningReward` or :class:`~zr.models.ComparisonReward` where one
+        was saved.
 
     Raises:
-        FileNotFoundError: no model there.
+        FileNotFoundError: no model there, or none with a calibration where one is asked for.
         ValueError: a file that is no safetensors, a newer format, a changed scale, weights that do not fit, a class outside
-            ``zr``; a plain model without a rubric.
+            ``zr``; a plain model without a rubric; a calibration of another scale, or for another wording.
     """
     asked = Rubric.load(rubric) if isinstance(rubric, str | Path) else rubric
     folder = model_folder(source, revision)
+    if calibrated and not (folder / CALIBRATION).is_file():
+        raise FileNotFoundError(f"{source} holds no {CALIBRATION}: fit one (zr calibrate {source} SHARDS --save true)")
     if not (folder / ABOUT).is_file():
         if asked is None:
             raise ValueError(
@@ -83,34 +101,42 @@ def load(
     asked = asked or saved
     if asked.scale_id != saved.scale_id:
         raise ValueError(f"the rubric has scale {asked.scale_id}, the model in {folder} learned scale {saved.scale_id}")
+    if calibrated and asked.wording != saved.wording:
+        raise ValueError(f"the calibration in {folder} is of answers to the saved wording: leave out rubric, or calibrated")
+    calibration = Calibration.load(folder / CALIBRATION) if calibrated else None
     try:
         backbone = _class(about["backbone"], folder).from_pretrained(folder / "backbone", asked, **options)
-        statistics = ScaleStatistics.load(folder / STATISTICS) if (folder / STATISTICS).is_file() else None
+        measured = folder / (CALIBRATED_STATISTICS if calibrated else STATISTICS)
+        statistics = ScaleStatistics.load(measured) if measured.is_file() else None
         if merge_adapters and isinstance(backbone, VLMBackbone):
             merge(backbone.model)
         if "reasoning" in about:
             policy = Policy(backbone, **about["head_config"])
-            return _reasoning(about["reasoning"], policy, statistics, budget).eval()
+            return _reasoning(about["reasoning"], policy, statistics, budget, calibration).eval()
         built = _head(folder, head or _class(about["head"], folder), about["head_config"], backbone)
     except SafetensorError as error:
         raise ValueError(f"{folder} holds a damaged safetensors file ({error}): copy or save the model again") from None
-    return RewardModel(backbone, built, asked, statistics, budget).eval()
+    if "comparison" in about:
+        return ComparisonReward(backbone, built, asked, budget).eval()
+    return RewardModel(backbone, built, asked, statistics, budget, calibration).eval()
 
 
-def scale_statistics(source: str | Path, revision: str | None = None) -> ScaleStatistics:
+def scale_statistics(source: str | Path, revision: str | None = None, calibrated: bool = False) -> ScaleStatistics:
     """The scale statistics of a saved model, without its weights; the form in which YAML files hand them to an aggregation.
 
     Args:
         source: as :func:`load` takes it.
         revision: branch, tag or commit on the hub.
+        calibrated: those of calibrated scores.
 
     Raises:
         FileNotFoundError: no model there, or one without statistics.
     """
     folder = model_folder(source, revision, weights=False)
-    if not (folder / STATISTICS).is_file():
-        raise FileNotFoundError(f"{source} holds no {STATISTICS}: measure them (zr.models.measure_scale) and save the model")
-    return ScaleStatistics.load(folder / STATISTICS)
+    name = CALIBRATED_STATISTICS if calibrated else STATISTICS
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{source} holds no {name}: measure them (zr.models.measure_scale) and save the model")
+    return ScaleStatistics.load(folder / name)
 
 
 def model_folder(source: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -118,7 +144,9 @@ def model_folder(source: str | Path, revision: str | None = None, weights: bool 
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         try:
-            found = Path(snapshot_download(str(source), revision=revision, allow_patterns=[ABOUT, STATISTICS]))
+            found = Path(
+                snapshot_download(str(source), revision=revision, allow_patterns=[ABOUT, STATISTICS, CALIBRATED_STATISTICS])
+            )
             if weights and (found / ABOUT).is_file():
                 snapshot_download(str(source), revision=revision, allow_patterns=READ)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -159,10 +187,14 @@ def _head(folder: Path, kind: Callable[..., Head], config: dict[str, Any], backb
 
 
 def _reasoning(
-    about: dict[str, Any], policy: Policy, statistics: ScaleStatistics | None, budget: int | None
+    about: dict[str, Any],
+    policy: Policy,
+    statistics: ScaleStatistics | None,
+    budget: int | None,
+    calibration: Calibration | None,
 ) -> ReasoningReward:
     rule = SamplingRule(**about["rule"] | {"suppressed": tuple(about["rule"]["suppressed"])})
-    return ReasoningReward(policy, about["traces"], about["seed"], rule, statistics, budget)
+    return ReasoningReward(policy, about["traces"], about["seed"], rule, statistics, budget, calibration)
 
 
 def _class(path: str, folder: Path) -> Any:

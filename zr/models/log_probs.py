@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from zr.models.sharding import holder, running
 
 __all__ = ["token_log_probs"]
 
@@ -70,8 +71,9 @@ def token_log_probs(
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(layer, *inputs)
         return found
 
-    with _running(output, chunked):
-        result: tuple[Tensor, Tensor] = output(hidden)
+    module = holder(output)
+    with running(module, lambda *given: chunked(*(given or (hidden,)))):
+        result: tuple[Tensor, Tensor] = module(hidden) if module is output else module()
     return result
 
 
@@ -149,16 +151,3 @@ class _TokenLogProbs(torch.autograd.Function):
             if into is not None and found[-1] is not None:
                 into[part] = found[-1]
         return None, into, *(total.to(p.dtype) for total, p in zip(sums, learning, strict=True))
-
-
-@contextmanager
-def _running(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a call of the module run ``function`` in place of its forward, inside the module's hooks."""
-    own = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from zr.models.backbones.vlm import VLMBackbone
+from zr.models.branches import CachedBranches, WholeBranches, branch
 from zr.models.heads import ScoreTokenHead, outside
 from zr.models.log_probs import token_log_probs
 from zr.models.prefix import CachedPrefix, Prefix, join
 from zr.models.prompts import PromptBuilder
+from zr.models.sharding import Company
 from zr.scores import ScoreDistribution
 
 __all__ = ["Evaluation", "Policy", "PrefixSampler", "Rollouts", "Sampler", "SamplingRule", "Written"]
@@ -130,13 +132,13 @@ class Sampler(Protocol):
 
 
 class PrefixSampler:
-    """Samples token by token from the states of the prefix; a row that has ended leaves the batch.
+    """Samples token by token from the states of the prefix; a row that has ended waits until all have.
 
     What a group shares, the opening included, is computed once. Openings of unequal lengths are read apart and their states
-    joined, so that no row meets a pad, after which linear attention must not go on. Rows that have left wait, and all of them
-    read end and marker in one pass.
+    joined, so that no row meets a pad, after which linear attention must not go on. End and marker are read in one pass.
     """
 
+    @torch.no_grad()
     def __call__(
         self,
         backbone: VLMBackbone,
@@ -152,47 +154,66 @@ class PrefixSampler:
         Raises:
             ValueError: logits with NaN or infinity.
         """
+        prompts = backbone.prompts
         traces: list[list[int]] = [[] for _ in row]
         log_probs: list[list[float]] = [[] for _ in row]
         luck = torch.stack([torch.rand(rule.length, dtype=torch.float64, generator=_generator(seed)) for seed in seeds])
+        room = rule.length + 1 + len(prompts.marker_ids)  # a trace, the end that it may lack, the marker
+
+        def idle() -> Tensor:
+            return backbone.advance(prefix.fork(torch.tensor(row[:1])), [[prompts.end_id]])[0][:, -1]
+
+        last, branches = self._open(backbone, prefix, row, openings, room, Company(backbone.model, idle))
+        company = Company(backbone.model, lambda: backbone.logits(idle()))
+        forbidden = forbidden.to(last.device)
+        for step in range(rule.length):
+            going = branches.going
+            logits = backbone.logits(last).float().index_fill_(-1, forbidden, -torch.inf)
+            broken = (~logits.amax(-1).isfinite()).nonzero().flatten().tolist()
+            if broken:
+                raise ValueError(
+                    f"{len(broken)} of {len(going)} traces have NaN or infinite logits (first: row {row[going[broken[0]]]} "
+                    f"of the prefix, token {step}): look at the inputs of that sample and at the weights for NaN"
+                )
+            token, log_prob = draw(logits, rule.temperature, luck[going, step])
+            for i, t, p in zip(going, token.tolist(), log_prob.tolist(), strict=True):
+                traces[i].append(t)
+                log_probs[i].append(p)
+            ended = ((token == prompts.end_id) | (step + 1 == rule.length)).nonzero().flatten().tolist()
+            if ended:
+                token = token[branches.leave(ended)]
+                if not len(branches):
+                    break
+            company.step()
+            last = backbone.grow(branches, token[:, None].tolist())[:, -1]
+        company.wait()
+        branches.gather()
+        tails = [[traces[i][-1], *_closing(prompts, traces[i])] for i in branches.order]
+        at_score = _at_last(backbone.grow(branches, tails), tails)
+        return Written(traces, log_probs, at_score[torch.tensor(branches.order).argsort().to(at_score.device)])
+
+    def _open(
+        self,
+        backbone: VLMBackbone,
+        prefix: Prefix,
+        row: Sequence[int],
+        openings: Sequence[Sequence[int]],
+        room: int,
+        company: Company,
+    ) -> tuple[Tensor, CachedBranches | WholeBranches]:
+        """States ``(M, H)`` that tell the first tokens, and the branches that the traces are written on."""
         asked = [(r, tuple(opening)) for r, opening in zip(row, openings, strict=True)]
         questions = sorted(dict.fromkeys(asked), key=lambda question: len(question[1]))
         read = []
         for _, some in groupby(questions, key=lambda question: len(question[1])):
             rows, same = zip(*some, strict=True)
+            company.step()
             hidden, states = backbone.advance(prefix.fork(torch.tensor(rows)), same)
             read.append((hidden[:, -1], states))
+        company.wait()
         index = torch.tensor([questions.index(question) for question in asked])
         last = torch.cat([hidden for hidden, _ in read])
-        last, states = last[index.to(last.device)], join([states for _, states in read]).fork(index)
-        forbidden = forbidden.to(last.device)
-        alive, left, waiting = list(range(len(row))), [], []
-        for step in range(rule.length):
-            logits = backbone.output(last).float().index_fill_(-1, forbidden, -torch.inf)
-            broken = (~logits.amax(-1).isfinite()).nonzero().flatten().tolist()
-            if broken:
-                raise ValueError(
-                    f"{len(broken)} of {len(alive)} traces have NaN or infinite logits (first: row {row[alive[broken[0]]]} "
-                    f"of the prefix, token {step}): look at the inputs of that sample and at the weights for NaN"
-                )
-            token, log_prob = draw(logits, rule.temperature, luck[alive, step])
-            for i, t, p in zip(alive, token.tolist(), log_prob.tolist(), strict=True):
-                traces[i].append(t)
-                log_probs[i].append(p)
-            goes = (token != backbone.prompts.end_id) & (step + 1 < rule.length)
-            if not goes.all():
-                ended, going = (~goes).nonzero().flatten(), goes.nonzero().flatten()
-                left += [alive[i] for i in ended.tolist()]
-                waiting.append(states.fork(ended) if len(going) else states)
-                if not len(going):
-                    break
-                alive = [alive[i] for i in going.tolist()]
-                states, token = states.fork(going), token[going]
-            hidden, states = backbone.advance(states, token[:, None].tolist())
-            last = hidden[:, -1]
-        tails = [[traces[i][-1], *_closing(backbone.prompts, traces[i])] for i in left]
-        at_score = _at_last(backbone.extend(join(waiting), tails), tails)
-        return Written(traces, log_probs, at_score[torch.tensor(left).argsort().to(at_score.device)])
+        return last[index.to(last.device)], branch(join([states for _, states in read]), index, room)
 
 
 class Policy(nn.Module):
@@ -305,10 +326,7 @@ class Policy(nn.Module):
                 f"rollout {int(sampled[wrong[0]])} holds the token {int(tokens[wrong[0]])}, which the rule suppresses: "
                 "evaluate by the rule that the rollouts were sampled by"
             )
-        traces = _traces(rollouts)
-        openings = [self.backbone.prompts.suffix_ids(self.rubric.dimensions[d]) for d in rollouts.dimension.tolist()]
-        self._check_room(prefix, rollouts.row.tolist(), openings, list(map(len, traces)))
-        hidden, start, at_score = self._replay(prefix, rollouts.row, rollouts.dimension, traces)
+        hidden, start, at_score = self._replay(prefix, rollouts.row, rollouts.dimension, _traces(rollouts))
         before = hidden[sampled, start[sampled] + place - 1]
         found = token_log_probs(before, tokens, self.backbone.output, rule.temperature, forbidden)
         log_probs, entropy = (value.new_zeros(rollouts.mask.shape).index_put((sampled, place), value) for value in found)
@@ -326,6 +344,9 @@ class Policy(nn.Module):
 
         Returns:
             Batch shape ``(M,)``, with gradients.
+
+        Raises:
+            ValueError: more tokens than the model reads.
         """
         _, _, at_score = self._replay(prefix, rollouts.row, rollouts.dimension, _traces(rollouts))
         return ScoreDistribution(self._labels(at_score), self.rubric.bins, off_scale=self.head.off_scale(at_score))
@@ -373,6 +394,7 @@ class Policy(nn.Module):
         """
         prompts = self.backbone.prompts
         openings = [prompts.suffix_ids(self.rubric.dimensions[d]) for d in dimension.tolist()]
+        self._check_room(prefix, row.tolist(), openings, list(map(len, traces)))
         asked = list(zip(row.tolist(), dimension.tolist(), strict=True))
         questions = list(dict.fromkeys(asked))
         shared = min(len(prompts.suffix_ids(name)) for name in self.rubric.dimensions) - 1  # the last one tells the first token

@@ -11,6 +11,8 @@ A backward pass whose memory does not grow with the number of branches cuts the 
     for part in parts:                                     # each graph ends at the leaves and is freed at once
         loss(backbone.extend(cut.fork(part.rows), part.suffixes)).backward()
     cut.replay_loss().backward()                           # what the leaves gathered goes on into model and pixels
+
+Sampling, which writes token after token and needs no gradient, grows :mod:`zr.models.branches` in place.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-__all__ = ["BranchCache", "CachedPrefix", "Prefix", "WholePrefix", "join", "pad_left", "pad_right"]
+__all__ = ["BranchCache", "CachedPrefix", "LinearStates", "Prefix", "WholePrefix", "join", "pad_left", "pad_right"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class BranchCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, linear: Sequence[bool], past: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
-        kinds = [_Linear if is_linear else _Full for is_linear in linear]
+        kinds = [LinearStates if is_linear else _Full for is_linear in linear]
         states: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(kinds)
         super().__init__(layers=[kind(state) for kind, state in zip(kinds, states, strict=True)])
 
@@ -191,8 +193,12 @@ class _Full(DynamicLayer):  # type: ignore[misc]
         return self.written
 
 
-class _Linear(LinearAttentionCacheLayerMixin):  # type: ignore[misc]
-    """Inputs of the convolution and recurrent state."""
+class LinearStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]
+    """Inputs of the convolution and recurrent state of one layer, of which the past is read only.
+
+    Args:
+        past: both, ``(B, channels, width)`` and ``(B, heads, key size, value size)``; None for a pass over the prefix itself.
+    """
 
     def __init__(self, past: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()

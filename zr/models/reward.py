@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,18 +18,25 @@ from torch.utils.checkpoint import checkpoint
 
 from zr.models.aggregation import ScaleStatistics
 from zr.models.backbones.vlm import VLMBackbone
+from zr.models.calibration import Calibration
+from zr.models.folders import written_whole
 from zr.models.heads import Backbone, Head
 from zr.models.images import ImageInput, as_image_lists
 from zr.models.policy import Policy, SamplingRule
+from zr.models.sharding import plain_class
 from zr.rubric import Rubric
 from zr.scores import ScoreDistribution
 from zr.version import __version__
 
-__all__ = ["ReasoningReward", "RewardModel", "compose", "own_tensors", "passes", "reasoning"]
+__all__ = ["ReasoningReward", "RewardModel", "compose", "keep_calibration", "own_tensors", "passes", "reasoning"]
 
 FORMAT = 1
 ABOUT = "reward.json"
 STATISTICS = "statistics.json"
+CALIBRATION = "calibration.json"
+CALIBRATED_STATISTICS = "calibrated-statistics.json"
+"""Calibrated scores lie elsewhere than the model's own, so they have statistics of their own."""
+CARD_TITLE = "## Calibration"
 RUN_MODEL = "model"
 """Folder inside a run's folder in which the run keeps its best model."""
 
@@ -46,11 +53,16 @@ class RewardModel(nn.Module):
         budget: most tokens of one pass, padding included; None for one pass however many images there are. A sample beyond
             it gets a pass of its own. With gradients each pass is run again in the backward pass, so that one at a time is
             held. Processes that must take the same number of passes, as sharded models do, need None.
+        calibration: what every answer goes through; None for the model's own distributions. Statistics are of the scores that
+            come out of it. Training makes it a calibration of other weights: fit it last.
 
     Raises:
         ValueError: a rubric of another scale, a wording that is not the one that the backbone asks with, statistics of other
-            dimensions, a budget below 1.
+            dimensions, a budget below 1, a calibration of another scale.
     """
+
+    use = "scores = model(images=[image], prompts=['what the image should show'])\nscores.mean, scores.stddev, scores.probs"
+    """The lines of a model's card that show how it is called."""
 
     def __init__(
         self,
@@ -59,6 +71,7 @@ class RewardModel(nn.Module):
         rubric: Rubric,
         statistics: ScaleStatistics | None = None,
         budget: int | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         if rubric.scale_id != backbone.rubric.scale_id:
@@ -75,6 +88,7 @@ class RewardModel(nn.Module):
         self.rubric = rubric
         self.statistics = statistics
         self.budget = budget
+        self.calibration = calibration
 
     @property
     def statistics(self) -> ScaleStatistics | None:
@@ -87,6 +101,17 @@ class RewardModel(nn.Module):
             raise ValueError(f"statistics of {statistics.dimensions} for a model of {self.rubric.dimensions}")
         self._statistics = statistics
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What every answer goes through, or None; see :mod:`zr.models.calibration`."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        if calibration is not None:
+            calibration.check(self.rubric)
+        self._calibration = calibration
+
     def forward(self, images: ImageInput, prompts: Sequence[str], dimensions: Sequence[str] | None = None) -> ScoreDistribution:
         """Score images; see :class:`~zr.models.scorer.Scorer`.
 
@@ -96,14 +121,15 @@ class RewardModel(nn.Module):
         names = [self.rubric.dimensions[i] for i in self.rubric.index(dimensions)]
         if self.budget is None or isinstance(prompts, str) or len(prompts) < 2:
             logits, off_scale = self._answer(images, prompts, names)
-            return ScoreDistribution(logits, self.rubric.bins, off_scale=off_scale)
+            return self._calibrated(ScoreDistribution(logits, self.rubric.bins, off_scale=off_scale), names)
         lists = as_image_lists(images, len(prompts))
         rows = passes(self._tokens(lists, prompts, names), self.budget)
         parts = [self._pass([lists[i] for i in some], [prompts[i] for i in some], names, len(rows) > 1) for some in rows]
         order = torch.tensor([i for some in rows for i in some], device=parts[0][0].device).argsort()
         off = [off_scale for _, off_scale in parts if off_scale is not None]
         logits = torch.cat([logits for logits, _ in parts])[order]
-        return ScoreDistribution(logits, self.rubric.bins, off_scale=torch.cat(off)[order] if off else None)
+        whole = ScoreDistribution(logits, self.rubric.bins, off_scale=torch.cat(off)[order] if off else None)
+        return self._calibrated(whole, names)
 
     def standardised(self, scores: ScoreDistribution, dimensions: Sequence[str] | None = None) -> Tensor:
         """Expected scores ``(..., D)`` in standard deviations above the mean of the reference set.
@@ -118,6 +144,9 @@ class RewardModel(nn.Module):
         if self.statistics is None:
             raise ValueError("this model has no scale statistics: model.statistics = zr.models.measure_scale(model, batches)")
         return self.statistics.standardise(scores.mean, dimensions or self.rubric.dimensions)
+
+    def _calibrated(self, scores: ScoreDistribution, names: Sequence[str]) -> ScoreDistribution:
+        return scores if self.calibration is None else self.calibration(scores, names)
 
     def _tokens(self, images: ImageInput, prompts: Sequence[str], names: Sequence[str]) -> list[int]:
         """What each sample adds to a pass."""
@@ -141,42 +170,31 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder: the backbone in Hugging Face's layout, the head's safetensors, ``rubric.yaml``,
-        scale statistics, a model card.
+        scale statistics, calibration, a model card.
 
         The folder appears whole or not at all; a model that was there is replaced.
 
         Raises:
             FileExistsError: a folder that holds something else, which would be lost.
         """
-        target = Path(folder).resolve()
-        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / ABOUT).is_file()):
-            raise FileExistsError(f"{target} is there and holds no zr model: it would be lost, so choose another folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            self._write(staging / "new")
-            if target.exists():
-                target.rename(staging / "old")
-            (staging / "new").rename(target)
-        finally:
-            if (staging / "old").exists() and not target.exists():
-                (staging / "old").rename(target)
-            shutil.rmtree(staging)
+        with written_whole(folder, ABOUT) as new:
+            self._write(new)
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir()
         self.backbone.save_pretrained(folder / "backbone")
         self.rubric.save(folder / "rubric.yaml")
         kept = {name: tensor.detach().contiguous() for name, tensor in own_tensors(self.head, self.backbone).items()}
         if kept:
             save_file(kept, folder / "head.safetensors")
         if self.statistics is not None:
-            self.statistics.save(folder / STATISTICS)
+            self.statistics.save(folder / (STATISTICS if self.calibration is None else CALIBRATED_STATISTICS))
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
         (folder / ABOUT).write_text(json.dumps(self._about(), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _about(self) -> dict[str, Any]:
-        head, backbone = type(self.head), type(self.backbone)
+        head, backbone = plain_class(self.head), type(self.backbone)
         return {
             "format": FORMAT,
             "zr": __version__,
@@ -199,12 +217,10 @@ class RewardModel(nn.Module):
             "---\nlibrary_name: zr\ntags: [reward-model, text-to-image]\n---\n\n# A zr reward model\n\n"
             f"It answers with a distribution over the scores {bins} for each dimension. Mean and standard deviation, where "
             f"they are given, are those of its expected scores over a reference set.\n\n{table}\n\n"
-            "```python\nimport zr\n\nmodel = zr.load('THIS FOLDER')\n"
-            "scores = model(images=[image], prompts=['what the image should show'])\n"
-            "scores.mean, scores.stddev, scores.probs\n```\n\n"
+            f"```python\nimport zr\n\nmodel = zr.load('THIS FOLDER')\n{self.use}\n```\n\n"
             f"Backbone: `{type(self.backbone).__name__}` in `backbone/`, which its own library loads too; head: "
-            f"`{type(self.head).__name__}`; wording: `rubric.yaml`; scale `{self.rubric.scale_id}`. Written by zr "
-            f"{__version__}.\n"
+            f"`{plain_class(self.head).__name__}`; wording: `rubric.yaml`; scale `{self.rubric.scale_id}`. Written by zr "
+            f"{__version__}.\n{'' if self.calibration is None else _section(self.calibration)}"
         )
 
 
@@ -219,6 +235,7 @@ class ReasoningReward(RewardModel):
         rule: how traces are sampled.
         statistics: see :class:`RewardModel`.
         budget: see :class:`RewardModel`; every trace counts with its greatest length.
+        calibration: see :class:`RewardModel`; it goes over the mixture.
 
     Raises:
         ValueError: fewer than one trace.
@@ -234,8 +251,9 @@ class ReasoningReward(RewardModel):
         rule: SamplingRule | None = None,
         statistics: ScaleStatistics | None = None,
         budget: int | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
-        super().__init__(policy.backbone, policy.head, policy.rubric, statistics, budget)
+        super().__init__(policy.backbone, policy.head, policy.rubric, statistics, budget, calibration)
         if traces < 1:
             raise ValueError(f"traces must be at least 1, got {traces}")
         self.policy = policy
@@ -307,6 +325,41 @@ def compose(backbone: Backbone, head: Callable[[Backbone], Head]) -> RewardModel
         ``RewardModel(backbone, head(backbone), backbone.rubric)``.
     """
     return RewardModel(backbone, head(backbone), backbone.rubric)
+
+
+def keep_calibration(calibration: Calibration, folder: str | Path) -> None:
+    """Put a calibration into the folder of a saved model, and into its card; weights are not touched.
+
+    Args:
+        calibration: fitted for the model.
+        folder: of the model. Statistics of an earlier calibration are removed.
+
+    Raises:
+        FileNotFoundError: no saved model there.
+        ValueError: a model of another scale.
+    """
+    home = Path(folder)
+    if not (home / ABOUT).is_file():
+        raise FileNotFoundError(f"{home} holds no {ABOUT}: a calibration is kept with a model that zr saved")
+    calibration.check(Rubric.load(home / "rubric.yaml"))
+    card = home / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = re.sub(rf"\n{CARD_TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip("\n")
+    (home / CALIBRATED_STATISTICS).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=home) as staging:
+        calibration.save(Path(staging, CALIBRATION))
+        Path(staging, "card").write_text(f"{text}\n{_section(calibration)}", encoding="utf-8")
+        Path(staging, CALIBRATION).replace(home / CALIBRATION)
+        Path(staging, "card").replace(card)
+
+
+def _section(calibration: Calibration) -> str:
+    """Of the model card."""
+    rows = "".join(f"| {name} | {numbers} |\n" for name, numbers in calibration.numbers().items())
+    return (
+        f"\n{CARD_TITLE}\n\nFitted on annotators' votes by `zr.models.{type(calibration).__name__}`, in `{CALIBRATION}`; "
+        f"`zr.load('THIS FOLDER', calibrated=True)` applies it.\n\n| dimension | |\n|---|---|\n{rows}"
+    )
 
 
 def own_tensors(head: nn.Module, backbone: nn.Module) -> dict[str, Tensor]:

@@ -116,9 +116,14 @@ class Figure:
 
 
 def scatter(
-    mu: ArrayLike, score: ArrayLike, known: ArrayLike, dimensions: Sequence[str], bins: Sequence[float] | None = None
+    mu: ArrayLike,
+    score: ArrayLike,
+    known: ArrayLike,
+    dimensions: Sequence[str],
+    bins: Sequence[float] | None = None,
+    names: tuple[str, str] | None = None,
 ) -> Figure:
-    """Expected scores against the annotators', one panel for each dimension.
+    """Expected scores against the annotators', or another scorer's, one panel for each dimension.
 
     Args:
         mu: ``(N, D)`` expected scores.
@@ -126,6 +131,7 @@ def scatter(
         known: ``(N, D)`` bool.
         dimensions: D names.
         bins: the scale, for the ends of the axes; the data's own for None.
+        names: of the two scorers that ``mu`` and ``score`` come from; None for a model and the annotators.
 
     Raises:
         ValueError: shapes that differ.
@@ -143,6 +149,7 @@ def scatter(
     ends = np.asarray(bins, np.float64) if bins is not None else np.concatenate([x[taken], y[taken]])
     low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 1.0)
     margin = 0.06 * (high - low or 1.0)
+    on_y, on_x = ("expected score", "annotators' score") if names is None else (f"{name}'s expected score" for name in names)
 
     def panel(d: int) -> Panel:
         of, on = x[taken[:, d], d], y[taken[:, d], d]
@@ -152,14 +159,15 @@ def scatter(
             dots: Any = {"markersize": 3.6, "markeredgewidth": 0, "alpha": _alpha(len(of)), "rasterized": len(of) > MANY}
             axes.plot(of, on, "o", color=SERIES[0], **dots)
             axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
-            axes.set(xlabel="annotators' score", ylabel="expected score")
+            axes.set(xlabel=on_x, ylabel=on_y)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_locator(MaxNLocator(5))
 
         return Panel(_svg(draw, (2.5, 2.35)), dimensions[d], f"{len(of):,} images")
 
-    caption = "One point per image. On the dashed line the model's expected score is the annotators'."
-    return Figure("Expected score against the annotators' score", [panel(d) for d in range(len(dimensions))], caption)
+    caption = "One point per image. On the dashed line the two are equal."
+    title = f"{on_y.capitalize()} against the {on_x}"
+    return Figure(title, [panel(d) for d in range(len(dimensions))], caption)
 
 
 def reliability_panels(curves: Mapping[str, ReliabilityCurve]) -> Figure:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from zr.models.policy import Policy
 from zr.models.reward import RUN_MODEL
+from zr.models.sharding import gathered
 from zr.scores import ScoreDistribution
 from zr.stages.scoring import ScoringStage
 from zr.stages.teacher import Sampled, Teacher
@@ -86,8 +87,9 @@ class KeepBestModel(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, ScoringStage):
             raise ValueError(f"KeepBestModel keeps reward models; {type(pl_module).__name__} has none")
-        if trainer.is_global_zero:
-            pl_module.model.save_pretrained(run_folder(trainer) / RUN_MODEL)
+        with gathered(pl_module.model, keep=trainer.is_global_zero):
+            if trainer.is_global_zero:
+                pl_module.model.save_pretrained(run_folder(trainer) / RUN_MODEL)
 
 
 class WriteDistributions(L.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch.optim import AdamW
 from zr.data import Batch
 from zr.models import RewardModel, VLMBackbone
 from zr.models.prompts import PromptBuilder
+from zr.models.sharding import sharded
 from zr.rubric import Rubric
 from zr.stages.scoring import ScoringStage
 
@@ -133,13 +135,13 @@ class Language(ScoringStage):
             )
         prefix = self.model.backbone.encode(batch.images, batch.prompts)
         total, count = torch.zeros((), device=self.device), 0
-        for group in _by_length(ids):
+        for group in _by_length(ids, math.inf if sharded(self.model) else 2.0):  # one pass, if all processes make as many
             hidden = self.model.backbone.extend(prefix.fork(torch.tensor([rows[i] for i in group])), [ids[i] for i in group])
             width = hidden.shape[1]
             wanted = torch.tensor([[*targets[i], *[IGNORED] * (width - len(ids[i]))] for i in group], device=hidden.device)
             at, following = hidden[:, :-1], wanted[:, 1:]
             learned = following != IGNORED
-            logits = self.model.backbone.output(at[learned]).float()
+            logits = self.model.backbone.logits(at[learned]).float()
             total = total + cross_entropy(logits, following[learned], reduction="sum")
             count += int(learned.sum())
         sums = self.mean_over_processes(torch.stack([total.detach(), total.new_tensor(count)]))
@@ -166,7 +168,7 @@ class Language(ScoringStage):
         return rows, ids, targets
 
 
-def _by_length(ids: Sequence[Sequence[int]], stretch: float = 2.0) -> list[list[int]]:
+def _by_length(ids: Sequence[Sequence[int]], stretch: float) -> list[list[int]]:
     """Positions in groups of similar length, so that little of a batch is padding: the longest at most ``stretch`` times."""
     groups: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,13 @@ class PolicyTerm(nn.Module):
 
     @torch.no_grad()
     def credit(
-        self, scores: ScoreDistribution, annotated: Tensor, rollouts: Rollouts, length: int, seeds: Sequence[int]
+        self,
+        scores: ScoreDistribution,
+        annotated: Tensor,
+        rollouts: Rollouts,
+        length: int,
+        seeds: Sequence[int],
+        over: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda function, values: function(values),
     ) -> Credit:
         """Rewards and advantages of rollouts.
 
@@ -125,13 +131,15 @@ class PolicyTerm(nn.Module):
             rollouts: the ``2PG`` rollouts, in this order.
             length: the limit of a trace, in tokens.
             seeds: one for each rollout.
+            over: applies a function to the values of all processes, and gives what is this one's; the default is for one
+                process alone. So advantages are those of the joined batch, whatever they compare.
         """
         shape = scores.logits.shape
         read, label = self.decoding(ScoreDistribution(scores.logits.reshape(-1, shape[-1]), scores.bins), seeds)
         reward = self.reward(ScoreDistribution(read.logits.reshape(shape), scores.bins), annotated)
         used = (self.length_penalty / length) * rollouts.mask.sum(-1) + self.forced_penalty * rollouts.forced
         reward = reward - used.reshape(reward.shape)
-        return Credit(reward.flatten(), self.advantage(reward).flatten(), label)
+        return Credit(reward.flatten(), over(self.advantage, reward).flatten(), label)
 
     def forward(self, log_probs: Tensor, old: Tensor, rollouts: Rollouts, credit: Credit, scores: ScoreDistribution) -> Tensor:
         """The loss of each rollout.

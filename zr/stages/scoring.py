@@ -1,21 +1,17 @@
-"""What all stages that train a reward model share: its evaluation, its optimiser and what a checkpoint remembers."""
+"""What all stages that train a reward model share: its evaluation, and sharing it among processes."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
-from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -32,8 +28,10 @@ from zr.metrics import (
     srcc,
 )
 from zr.models import RewardModel
+from zr.models.sharding import anyone, sharded
 from zr.rubric import Rubric
-from zr.scores import ScoreDistribution
+from zr.scores import ScoreDistribution, kl_divergence
+from zr.stages.training import TrainingStage
 
 __all__ = ["ScoreMetrics", "ScoringStage"]
 
@@ -56,6 +54,7 @@ class ScoreMetrics(Metric):
     score: list[Tensor]
     votes: list[Tensor]
     logits: list[Tensor]
+    teacher: list[Tensor]
     off_scale: list[Tensor]
     prompt: list[Tensor]
     image: list[Tensor]
@@ -85,6 +84,7 @@ class ScoreMetrics(Metric):
             "score": batch.scores,
             "votes": batch.votes,
             "logits": prediction.logits.detach(),
+            "teacher": torch.zeros_like(batch.votes) if batch.teacher is None else batch.teacher,
             "off_scale": _off_scale(prediction),
             "prompt": _numbers(records).to(batch.scores.device),
             "image": image,
@@ -100,9 +100,10 @@ class ScoreMetrics(Metric):
         """The measures, each as ``NAME/DIMENSION``, and their mean as ``NAME``.
 
         hpa, of scores and choices; of scores, margin_hpa, plcc, srcc, nll, rps, ece, and coverage_50, coverage_80 and
-        coverage_90; off_scale where the head computes it. A dimension without scores, without choices has none of theirs. A
-        measure that is not defined in a dimension (no pair, a constant) is NaN there and left out of the mean. The mean of hpa
-        is always there, NaN without any pair.
+        coverage_90; off_scale where the head computes it; of a labeller's distributions, teacher_kl, the mean KL from them in
+        nats, and teacher_hpa, the HPA against their means. A dimension without scores, without choices or labels has none of
+        theirs. A measure that is not defined in a dimension (no pair, a constant) is NaN there and left out of the mean. The
+        mean of hpa is always there, NaN without any pair.
         """
         kept = {name: dim_zero_cat(getattr(self, name)).cpu() for name in self._nothing()}
         found: dict[str, list[Tensor]] = {"hpa": []}
@@ -127,6 +128,12 @@ class ScoreMetrics(Metric):
                 distribution = ScoreDistribution(kept["logits"][known, index], self.rubric.bins)
                 metric.update(distribution, kept["votes"][known, index])
                 values[name] = metric.compute()
+        labelled = kept["teacher"][:, index].sum(-1) > 0
+        if bool(labelled.any()):
+            teacher = ScoreDistribution(kept["teacher"][labelled, index].log(), self.rubric.bins)
+            student = ScoreDistribution(kept["logits"][labelled, index], self.rubric.bins)
+            values["teacher_kl"] = kl_divergence(teacher, student).mean()
+            values["teacher_hpa"] = hpa(mu[labelled.numpy()], teacher.mean.double().numpy(), prompt[labelled.numpy()])
         mass = kept["off_scale"][:, index]
         if not bool(mass.isnan().all()):
             values["off_scale"] = mass.nanmean()
@@ -135,8 +142,8 @@ class ScoreMetrics(Metric):
     def _nothing(self) -> dict[str, Tensor]:
         """An empty batch's worth of each state."""
         count, bins = len(self.rubric.dimensions), len(self.rubric.bins)
-        shapes = {"mu": (0, count), "score": (0, count), "votes": (0, count, bins), "logits": (0, count, bins)}
-        real = shapes | {"off_scale": (0, count), "choice_share": (0,)}
+        shapes = {"mu": (0, count), "score": (0, count), "off_scale": (0, count), "choice_share": (0,)}
+        real = shapes | dict.fromkeys(("votes", "logits", "teacher"), (0, count, bins))
         whole = {"prompt": (0,), "image": (0,), "choice": (0, 2), "choice_dimension": (0,)}
         return {name: torch.empty(shape, device=self.device) for name, shape in real.items()} | {
             name: torch.empty(shape, dtype=torch.int64, device=self.device) for name, shape in whole.items()
@@ -174,7 +181,7 @@ def _of_votes() -> dict[str, Metric]:
     }
 
 
-class ScoringStage(L.LightningModule):
+class ScoringStage(TrainingStage):
     """A stage that trains ``model``, a reward model, and evaluates it against annotators. By itself it only evaluates.
 
     A subclass sets everything in its constructor and writes ``training_step``.
@@ -192,30 +199,35 @@ class ScoringStage(L.LightningModule):
     def __init__(
         self, model: RewardModel, optimizer: OptimizerCallable = AdamW, warmup: float = 0.05, decay: float = 0.5
     ) -> None:
-        super().__init__()
-        if not (0 <= warmup <= 1 and 0 <= decay <= 1 and warmup + decay <= 1):
-            raise ValueError(f"warmup and decay are shares of all steps whose sum is at most 1, got {warmup} and {decay}")
+        super().__init__(optimizer, warmup, decay)
         self.model = model.train()
-        self.optimizer = optimizer
-        self.warmup = warmup
-        self.decay = decay
-        self.measures = ScoreMetrics(model.rubric)
+        self.measures: Metric = ScoreMetrics(model.rubric)
+        self._seen: tuple[Batch, int] | None = None
 
-    def keep_plain_hyperparameters(self) -> None:
-        """Remember the constructor's arguments that could stand in YAML; live objects are not for a checkpoint.
+    def configure_model(self) -> None:
+        """Share the weights with the other processes, where ``ModelParallelStrategy`` asks for it.
 
-        From the command line these are all arguments, so ``load_from_checkpoint(path, weights_only=True)`` builds the stage
-        again; in a notebook pass the parts once more: ``load_from_checkpoint(path, model=..., terms=...)``.
+        Raises:
+            ValueError: tensor parallelism, inference mode, passes by a budget, a backbone or a head that cannot be sharded.
         """
-        try:
-            self.save_hyperparameters("_instantiator", logger=False)  # Lightning's own, where a configuration built the stage
-        except KeyError:
-            frame = inspect.currentframe()
-            given = collect_init_args(frame, [], classes=(HyperparametersMixin,))  # type: ignore[arg-type]
-            live = [name for arguments in given for name, value in arguments.items() if not _plain(value)]
-            self.save_hyperparameters(ignore=live, frame=frame, logger=False)  # left out before Lightning would copy them
-        else:
-            self.save_hyperparameters(logger=False)
+        if self.device_mesh is None or sharded(self.model):
+            return
+        mesh, backbone = self.device_mesh["data_parallel"], self.model.backbone
+        if mesh.size() != self.device_mesh.size():
+            raise ValueError(
+                "weights are sharded, never split: ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)"
+            )
+        if self.trainer.validate_loop.inference_mode:
+            raise ValueError("what inference mode has gathered cannot be trained: set inference_mode of the trainer to False")
+        if self.model.budget is not None:
+            raise ValueError("sharded models make the same number of passes on all processes: leave out budget")
+        if not hasattr(backbone, "shard"):
+            raise ValueError(
+                f"{type(backbone).__name__} is small enough for each process and cannot be sharded: use strategy ddp"
+            )
+        backbone.shard(mesh)
+        if not sharded(self.model.head):
+            fully_shard(self.model.head, mesh=mesh, reshard_after_forward=True)
 
     def forward(self, batch: Batch) -> ScoreDistribution:
         """Scores of a batch's images, batch shape ``(N, D)``."""
@@ -234,39 +246,66 @@ class ScoringStage(L.LightningModule):
         """Keys ``N`` and ``probs (N, D, K)`` of a batch."""
         return {"keys": batch.keys, "probs": self(batch).probs.cpu()}
 
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Tell the processes that share the weights."""
+        self._begin(batch, batch_idx)
+
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Tell the processes that share the weights."""
+        self._begin(batch, batch_idx)
+
+    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Tell the processes that share the weights."""
+        self._begin(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
         """Log the measures under ``val/``."""
+        self._wait()
         self._log_measures("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the measures under ``test/``."""
+        self._wait()
         self._log_measures("test")
 
-    def on_train_start(self) -> None:
-        """Go on in the middle of an epoch where the checkpoint says.
+    def on_predict_epoch_end(self) -> None:
+        """Wait for the processes that share the weights."""
+        self._wait()
 
-        To count the steps of the run Lightning set up the loader before it read the checkpoint's loops; by itself it does not
-        hand the place on afterwards, and the epoch's first batches would come again.
+    def accompany(self, batch: Batch, batch_idx: int) -> None:
+        """Make the passes of an evaluation step, for processes with more batches than this one.
+
+        Args:
+            batch: the last one.
+            batch_idx: of the others' step.
         """
-        self.trainer.fit_loop._load_combined_loader_states()
+        self(batch)
 
-    def configure_optimizers(self) -> Any:
-        """The optimiser, and the schedule by steps."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        total = max(1, self.total_steps())
-        schedule = LambdaLR(optimizer, lambda step: _ramp(step / total, 1 / total, self.warmup, self.decay))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def over_processes(self, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """``function`` of the values ``(..., N)`` of all processes, ``(W, ..., N)``; of its result this process's part.
 
-    def total_steps(self) -> int:
-        """Steps of the optimiser in the whole run."""
-        return int(self.trainer.estimated_stepping_batches)
+        Every process must ask for it, with values of one shape. Without a run, or alone, ``function(values)``.
+        """
+        if self._trainer is None or self._trainer.world_size == 1:
+            return function(values)
+        own = values.new_zeros(self._trainer.world_size, *values.shape)
+        own[self.global_rank] = values
+        joined: Tensor = self._trainer.strategy.reduce(own, reduce_op="sum")
+        return function(joined)[self.global_rank]
 
-    def mean_over_processes(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` over the processes of the run; every process must ask for it. As they are, without a run."""
-        if self._trainer is None:
-            return values
-        mean: Tensor = self._trainer.strategy.reduce(values, reduce_op="mean")
-        return mean
+    def _begin(self, batch: Batch, batch_idx: int) -> None:
+        self._seen = (batch, batch_idx)
+        anyone(self.model, True)
+
+    def _wait(self) -> None:
+        """Go along with processes that share the weights and have batches left."""
+        while anyone(self.model, False):
+            if self._seen is None:
+                raise ValueError("sharded weights need a batch on each process: evaluate more records, or on fewer devices")
+            batch, batch_idx = self._seen
+            self._seen = (batch, batch_idx + 1)
+            self.accompany(batch, batch_idx + 1)
+        self._seen = None
 
     def _log_measures(self, name: str) -> None:
         values = self.measures.compute()
@@ -274,18 +313,3 @@ class ScoringStage(L.LightningModule):
         for key, value in values.items():
             # Gathered from all processes when computed, so every rank logs the same value.
             self.log(f"{name}/{key}", value, prog_bar=key in ("hpa", "plcc"))
-
-
-def _ramp(progress: float, step: float, warmup: float, decay: float) -> float:
-    rising = (progress + step) / warmup if warmup else 1.0
-    falling = (1 - progress) / decay if decay else 1.0
-    return max(0.0, min(1.0, rising, falling))
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value could stand in a YAML file."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from zr.data import Batch
 from zr.losses import ClippedPolicyGradient, PolicyGradient
 from zr.metrics import Coupling
-from zr.models.policy import Evaluation, Policy, Rollouts
+from zr.models.policy import Evaluation, Rollouts
 from zr.models.reward import ReasoningReward
+from zr.models.sharding import anyone, as_share, whole
 from zr.scores import ScoreDistribution
 from zr.stages.rollout_terms import Credit, PolicyTerm, ReferenceTerm
-from zr.stages.scoring import ScoringStage
+from zr.stages.rollouts import RolloutStage
 from zr.stages.terms import Term, rollout_objective
 
 __all__ = ["Sampled", "Teacher"]
@@ -45,7 +44,7 @@ class Sampled:
     credit: Credit | None
 
 
-class Teacher(ScoringStage):
+class Teacher(RolloutStage):
     r"""Group-wise direct score optimisation (GDSO); with other parts GRPO, the direct terms alone, or the exact gradient.
 
     A training step samples G reasoning outputs for both images of each of P pairs, and makes ``updates`` steps of the
@@ -60,7 +59,8 @@ class Teacher(ScoringStage):
 
     Training wants pairs with scores, and equally many on each process: ``ScoreData(pairs=..., pairs_per_batch=P)``. A trace
     that the length limit cut is closed by force, and counts like the others (see ``forced_penalty``). Several processes
-    (``strategy="ddp"``) make the update that one makes of their joined batches.
+    (``strategy="ddp"``, or ``ModelParallelStrategy`` for sharded weights) make the update that one makes of their joined
+    batches. Sharded gradients are reduced after each micro-batch, since whole ones would not fit where whole weights do not.
 
     Checkpoints lie between batches; ``ModelCheckpoint(every_n_train_steps=...)`` counts steps of the optimiser, and warns that
     it keeps the weights after one, as is right.
@@ -96,7 +96,6 @@ class Teacher(ScoringStage):
     Reference: Z-Reward (arXiv 2606.09076), Algorithm 1, eqs. (3)-(14).
     """
 
-    model: ReasoningReward
     reference_weights: dict[str, Tensor] | None
 
     def __init__(
@@ -118,17 +117,16 @@ class Teacher(ScoringStage):
         seed: int = 0,
         part_norms_every: int = 0,
     ) -> None:
-        super().__init__(model, optimizer, warmup, decay)
+        super().__init__(model, micro_batch, gradient_clip, frozen, optimizer, warmup, decay, seed)
         counts = {
             "group_size": (group_size, 2),
             "updates": (updates, 1),
-            "micro_batch": (micro_batch, 1),
             "label_mass": (label_mass, 0),
             "coupling": (coupling, 0),
             "part_norms_every": (part_norms_every, 0),
         }
         for name, (value, least) in counts.items():
-            if value is not None and value < least:
+            if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not (policy is not None and policy.weight) and not any(term.weight for term in terms.values()):
             raise ValueError("there is nothing to learn: give a policy term, or a direct loss with a positive weight")
@@ -136,38 +134,18 @@ class Teacher(ScoringStage):
             raise ValueError("label_mass needs the probability outside the labels: build the policy with off_scale=True")
         if updates > 1 and policy is not None and isinstance(policy.loss, PolicyGradient):
             raise ValueError(f"PolicyGradient is for one update of a sample, not for {updates}: use ClippedPolicyGradient")
-        if model.rule.temperature == 0:
-            raise ValueError("greedy traces are all alike: nothing is learned from a group; give a rule with temperature > 0")
-        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
-            raise ValueError("with dropout the model that learns is not the one that wrote: set it (lora_dropout) to 0")
-        self.automatic_optimization = False
         self.terms = nn.ModuleDict(terms)
         self.policy_term = policy
         self.reference = reference
         self.group_size = group_size
         self.updates = updates
-        self.micro_batch = micro_batch
-        self.gradient_clip = gradient_clip
         self.label_mass = label_mass
         self.coupling_batches = coupling
         self.coupling = Coupling()
-        self.seed = seed
         self.part_norms_every = part_norms_every
-        self.batches: Tensor
-        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self.sampled: Sampled | None = None
         self.reference_weights = None
-        inner = dict(model.policy.backbone.model.named_modules())
-        for name in frozen or []:
-            if name not in inner:
-                raise ValueError(f"frozen names {name!r}, the model has no such module, but {', '.join(list(inner)[1:8])}, ...")
-            inner[name].requires_grad_(False)
         self.keep_plain_hyperparameters()
-
-    @property
-    def policy(self) -> Policy:
-        """What is trained."""
-        return self.model.policy
 
     def training_step(self, batch: Batch) -> None:
         """Sample a batch of traces and improve the policy on them."""
@@ -177,9 +155,10 @@ class Teacher(ScoringStage):
         scores = ScoreDistribution(sampled.logits.reshape(shape), self.policy.rubric.bins)
         credit = None
         if self.policy_term is not None:
-            credit = self.policy_term.credit(scores, annotated, sampled, self.model.rule.length, seeds)
+            length = self.model.rule.length
+            credit = self.policy_term.credit(scores, annotated, sampled, length, seeds, self.over_processes)
         self.sampled = Sampled(batch, sampled, credit)
-        parts = _parts(len(sampled), self.micro_batch or len(sampled))
+        parts = self.parts(len(sampled))
         reference = self._reference(batch, sampled, parts)
         old: list[Tensor] = []
         for update in range(self.updates):
@@ -195,8 +174,14 @@ class Teacher(ScoringStage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Measure a batch; the first ones also for what the reasoning does to the score."""
         super().validation_step(batch)
-        if batch_idx < self.coupling_batches and len(batch.images) > 1:
+        if self._couples(batch, batch_idx):
             self.coupling.update(**self._coupled(batch))
+
+    def accompany(self, batch: Batch, batch_idx: int) -> None:
+        """Make the passes of an evaluation step."""
+        super().accompany(batch, batch_idx)
+        if (self.trainer.validating or self.trainer.sanity_checking) and self._couples(batch, batch_idx):
+            self._coupled(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures under ``val/``."""
@@ -205,23 +190,17 @@ class Teacher(ScoringStage):
             self.log_dict({f"val/coupling_{name}": value for name, value in self.coupling.compute().items()})
             self.coupling.reset()
 
-    def on_fit_start(self) -> None:
-        """Refuse what would be silently wrong.
-
-        Raises:
-            ValueError: gradients that are scaled.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError("gradients of 16-mixed are scaled, which clipping would not see: use bf16-mixed, or 32")
-
     def total_steps(self) -> int:
         """Steps of the optimiser in the whole run."""
         steps, most = super().total_steps() * self.updates, self.trainer.max_steps
         return steps if most < 0 else min(steps, most)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference: a resumed outer iteration goes on with its own."""
-        checkpoint["reference_weights"] = self.reference_weights
+        """Keep the reference, whole: a resumed outer iteration goes on with its own."""
+        if self.reference_weights is not None:
+            gathered = ((name, whole(weight)) for name, weight in self.reference_weights.items())
+            kept = {name: weight.cpu() for name, weight in gathered if self.trainer.is_global_zero}
+        checkpoint["reference_weights"] = None if self.reference_weights is None else kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the reference up again."""
@@ -250,7 +229,7 @@ class Teacher(ScoringStage):
         names = [self.policy.rubric.dimensions[d] for d in batch.pair_dimension.repeat_interleave(2).tolist()]
         pair = [batch.keys[i] for i in sides]
         seeds = [
-            self._seed(pair[p - p % 2], pair[p - p % 2 + 1], names[p], p % 2, number)
+            self.trace_seed(pair[p - p % 2], pair[p - p % 2 + 1], names[p], p % 2, number)
             for p in range(len(sides))
             for number in range(self.group_size)
         ]
@@ -261,11 +240,6 @@ class Teacher(ScoringStage):
                 prefix=prefix, dimensions=names, group_size=self.group_size, rule=self.model.rule, seeds=seeds
             )
         return replace(rollouts, row=row.to(rollouts.row.device)[rollouts.row]), seeds
-
-    def _seed(self, *what: Any) -> int:
-        """Of one trace; by what it is about and not by where it stands, so that processes may share a batch in any way."""
-        text = repr((self.seed, int(self.batches), *what))
-        return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
     def _update(
         self,
@@ -291,11 +265,11 @@ class Teacher(ScoringStage):
         if first and self.part_norms_every and int(self.batches) % self.part_norms_every == 0:
             for name in self._part_names():
                 self._backward(batch, sampled, credit, pull, reference, old, parts, only=name)
-                gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-                self.log(f"train/gradient_norm_{name}", nn.utils.get_total_norm(gradients))
+                gradients = [p.grad for p in self.trained() if p.grad is not None]
+                self.log(f"train/gradient_norm_{name}", whole(nn.utils.get_total_norm(gradients)))
                 optimizer.zero_grad()
         found = self._backward(batch, sampled, credit, pull, reference, old, parts)
-        self._step(optimizer, batch)
+        self.step(batch)
         return found, means
 
     def _part_names(self) -> list[str]:
@@ -323,7 +297,7 @@ class Teacher(ScoringStage):
         count = float(self.mean_over_processes(torch.tensor(float(len(sampled)), device=pull.device)))
         cut = self.policy.backbone.encode(batch.images, batch.prompts).cut()
         found: list[Evaluation] = []
-        with self._unsynchronised():
+        with self.unsynchronised():
             for number, part in enumerate(parts):
                 rollouts = sampled.select(part)
                 now = self.policy.evaluate(prefix=cut, rollouts=rollouts, rule=self.model.rule)
@@ -341,35 +315,8 @@ class Teacher(ScoringStage):
                     losses["label_mass"] = -self.label_mass * now.log_mass.sum() / count
                 self.manual_backward(torch.stack(list(losses.values())).sum() if only is None else losses[only])
                 found.append(Evaluation(now.log_probs.detach(), now.entropy, now.scores.detach()))
-        self._join(cut.replay_loss(), self.optimizers())
+        self.join(cut.replay_loss())
         return found
-
-    def _join(self, loss: Tensor, optimizer: Any) -> None:
-        """The last backward pass: on into what the rollouts share.
-
-        DDP averages what this pass comes by, so it visits all that have a gradient: the output layer, for one, has no part in
-        a prefix, and each process would silently keep its own.
-        """
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            loss = loss + sum(p.sum() * 0.0 for p in _parameters(optimizer) if p.grad is not None)
-        if loss.requires_grad:
-            self.manual_backward(loss)
-
-    def _step(self, optimizer: Any, batch: Batch) -> None:
-        """Clip, look, step."""
-        most = float("inf") if self.gradient_clip is None else self.gradient_clip
-        norm = nn.utils.clip_grad_norm_(_parameters(optimizer), most)
-        if not bool(norm.isfinite()):
-            optimizer.zero_grad()
-            raise ValueError(
-                f"the gradient of the batch {batch.keys[0]}, ... is not finite ({float(norm)}): the weights are as they were; "
-                "look for NaN among the inputs, or lower the learning rate"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule: Any = self.lr_schedulers()
-        schedule.step()
-        self.log("train/gradient_norm", norm)
 
     def _logits(self, batch: Batch, sampled: Rollouts, parts: list[slice]) -> Tensor:
         """The labels' logits of all rollouts under the weights of now."""
@@ -384,8 +331,8 @@ class Teacher(ScoringStage):
         trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         if self.reference_weights is None or int(self.batches) % self.reference.refresh == 0:
             self.reference_weights = {name: p.detach().clone() for name, p in trained.items()}
-        snapshot = self.reference_weights
-        with torch.no_grad(), _holding(trained, {name: weight.to(trained[name].device) for name, weight in snapshot.items()}):
+        self.reference_weights = {name: as_share(weight, trained[name]) for name, weight in self.reference_weights.items()}
+        with torch.no_grad(), _holding(trained, self.reference_weights):
             prefix = self.policy.backbone.encode(batch.images, batch.prompts)
             found = [self.policy.evaluate(prefix=prefix, rollouts=sampled.select(p), rule=self.model.rule) for p in parts]
             return torch.cat([now.log_probs for now in found])
@@ -416,13 +363,7 @@ class Teacher(ScoringStage):
             each["kl"] = (far * rollouts.mask).sum(-1)
         if self.policy.head.with_off_scale:
             each["off_scale"] = torch.cat([now.scores.off_scale for now in found])
-        table = torch.stack([*each.values(), torch.ones_like(gap).repeat_interleave(2 * group)], dim=-1)
-        names = self.policy.rubric.dimensions
-        sums = self.mean_over_processes(table.new_zeros(len(names), table.shape[-1]).index_add(0, rollouts.dimension, table))
-        self.log_dict({f"train/{name}": value for name, value in zip(each, sums.sum(0) / sums[:, -1].sum(), strict=False)})
-        for dimension, row in zip(names, sums, strict=True):
-            if row[-1]:
-                self.log_dict({f"train/{name}/{dimension}": value for name, value in zip(each, row / row[-1], strict=False)})
+        self.log_each(each, rollouts.dimension)
 
     def _clipped(self, loss: ClippedPolicyGradient, found: list[Evaluation], old: list[Tensor], mask: Tensor) -> Tensor:
         """Share of tokens whose ratio no longer counts."""
@@ -432,6 +373,10 @@ class Teacher(ScoringStage):
         sums = self.mean_over_processes(torch.stack([beyond.sum(), beyond.new_tensor(len(beyond))]))
         return sums[0] / sums[1]
 
+    def _couples(self, batch: Batch, batch_idx: int) -> bool:
+        """Whether the coupling is measured on a validation batch; processes that share the weights agree on it."""
+        return batch_idx < self.coupling_batches and not anyone(self.model, len(batch.images) < 2)
+
     @torch.no_grad()
     def _coupled(self, batch: Batch) -> dict[str, ScoreDistribution]:
         """Scores after the own trace of each image and dimension, after none, after another image's, after a second own one."""
@@ -439,7 +384,7 @@ class Teacher(ScoringStage):
         asked = count * len(names)
         encoded = self.policy.backbone.encode(batch.images, batch.prompts)
         prefix = encoded.fork(torch.arange(count).repeat_interleave(len(names)))
-        seeds = [self._seed(key, name, number) for key in batch.keys for name in names for number in range(2)]
+        seeds = [self.trace_seed(key, name, number) for key in batch.keys for name in names for number in range(2)]
         rollouts = self.policy.sample(
             prefix=prefix, dimensions=list(names) * count, group_size=2, rule=self.model.rule, seeds=seeds
         )
@@ -453,11 +398,6 @@ class Teacher(ScoringStage):
         }
         return {name: self.policy.score(prefix=prefix, rollouts=part) for name, part in varied.items()}
 
-    def _unsynchronised(self) -> AbstractContextManager[Any]:
-        """Gradients stay in this process until the last backward pass, where the strategy averages them in passing (DDP)."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if block is None else block()
-
 
 @contextmanager
 def _holding(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
@@ -470,11 +410,3 @@ def _holding(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) ->
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(own[name])
-
-
-def _parameters(optimizer: Any) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _parts(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]

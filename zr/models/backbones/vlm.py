@@ -12,14 +12,18 @@ import transformers
 from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, Qwen2VLImageProcessor
+from transformers.cache_utils import Cache
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zr.models.adapters import save_model
+from zr.models.adapters import restore_precision, save_model
+from zr.models.branches import CachedBranches, WholeBranches
 from zr.models.images import ImageInput, PatchGrid, as_image_lists, of_sample
 from zr.models.prefix import BranchCache, CachedPrefix, Prefix, WholePrefix, pad_left, pad_right
 from zr.models.prompts import PromptBuilder, read_tokenizer
+from zr.models.sharding import in_order, inside, shard, sharded, through
 from zr.rubric import Rubric
 
 __all__ = ["VLMBackbone"]
@@ -72,6 +76,26 @@ class VLMBackbone(nn.Module):
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the output layer makes of hidden states, ``(..., H) -> (..., V)``."""
+        return through(self.output, hidden)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share the weights with other processes; see :mod:`zr.models.sharding`.
+
+        Args:
+            mesh: of one dimension.
+
+        Raises:
+            ValueError: a family that runs whole sequences, in as many passes as there are forms of images.
+        """
+        if self.model.config.model_type not in CACHED:
+            raise ValueError(
+                f"{self.model.config.model_type} runs whole sequences, whose number of passes depends on the images, so "
+                f"it cannot be sharded: train it by strategy ddp, or take one of {', '.join(sorted(CACHED))}"
+            )
+        shard(self.model, self.output, mesh)
+
     def reworded(self, rubric: Rubric) -> VLMBackbone:
         """The same model, shared and not copied, asked in another wording of the same scale.
 
@@ -117,7 +141,7 @@ class VLMBackbone(nn.Module):
         return self._whole(prefix, suffix_ids)
 
     def advance(self, prefix: Prefix, suffix_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Prefix]:
-        """Extend a prefix and keep going from there, as sampling does.
+        """Extend a prefix and keep going from there, with gradients; see :meth:`grow` for many steps without.
 
         Args:
             prefix: M rows.
@@ -137,6 +161,34 @@ class VLMBackbone(nn.Module):
             return self._step(prefix, suffix_ids)
         grown = [[*ids, *suffix] for ids, suffix in zip(prefix.ids, suffix_ids, strict=True)]
         return self._whole(prefix, suffix_ids), WholePrefix(grown, prefix.media)
+
+    @torch.no_grad()
+    def grow(self, branches: WholeBranches | CachedBranches, suffix_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Write on in place, token after token, as sampling does.
+
+        Args:
+            branches: n rows that go on.
+            suffix_ids: n lists of ids; of ONE length until the branches are gathered for the last time, since nothing may be
+                appended to a row that has stepped through padding.
+
+        Returns:
+            ``(n, T, H)`` hidden states, without a gradient; as those of :meth:`extend`.
+
+        Raises:
+            ValueError: another number of suffixes than rows that go on, suffixes of different lengths.
+        """
+        if len(branches) != len(suffix_ids):
+            raise ValueError(f"{len(suffix_ids)} suffixes for {len(branches)} branches that go on: one each")
+        if not branches.gathered and len({len(suffix) for suffix in suffix_ids}) != 1:
+            lengths = sorted({len(suffix) for suffix in suffix_ids})
+            raise ValueError(f"grow takes suffixes of one length until the branches are gathered, got lengths {lengths}")
+        if isinstance(branches, WholeBranches):
+            hidden = self._whole(branches.rows, suffix_ids)
+            branches.write(suffix_ids)
+            return hidden
+        ids, mask = pad_right(suffix_ids, self._pad, self.device)
+        mask, position = branches.write(mask)
+        return self._through(ids, mask, position, branches.cache)[0]
 
     def features(self, images: ImageInput, prompts: Sequence[str], dimensions: Sequence[str]) -> Tensor:
         """Hidden states at the score position of every dimension.
@@ -231,6 +283,8 @@ class VLMBackbone(nn.Module):
             model.set_adapter(model.active_adapters())  # of an adapter's name on the hub: transformers loads it frozen
         for put in ([source] if own else []) + ([adapter] if adapter is not None else []):
             model.load_adapter(str(put), is_trainable=True)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            restore_precision(model, *((source, revision) if adapter is None else (adapter,)))
         if lora is not None:
             model.add_adapter(lora)
             for parameter in model.parameters():
@@ -337,27 +391,35 @@ class VLMBackbone(nn.Module):
         kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
         layers = self.model.config.get_text_config().num_hidden_layers
         linear = tuple(kind == "linear_attention" for kind in kinds or ["full_attention"] * layers)
-        cache = BranchCache(linear)
-        with _checkpointed_with_cache(self.model):
-            self.model.model(**inputs, past_key_values=cache, use_cache=False)
+        _, states = self._run(inputs, BranchCache(linear))
         following = inputs["position_ids"].masked_fill(~mask, 0).amax((0, 2)) + 1
-        return CachedPrefix(cache.written(), linear, mask, following)
+        return CachedPrefix(states, linear, mask, following)
 
     def _step(self, prefix: CachedPrefix, suffix_ids: Sequence[Sequence[int]]) -> tuple[Tensor, CachedPrefix]:
         """Hidden states of suffixes padded on the right, and the prefix grown by them."""
         ids, mask = pad_right(suffix_ids, self._pad, self.device)
         cache = BranchCache(prefix.linear, prefix.layers)
         mask = torch.cat([prefix.mask, mask], dim=1)
-        position = prefix.position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        with _checkpointed_with_cache(self.model):
-            hidden: Tensor = self.model.model(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                position_ids=position.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=False,
-            ).last_hidden_state
-        return hidden, CachedPrefix(cache.written(), prefix.linear, mask, prefix.position + ids.shape[1])
+        hidden, states = self._through(ids, mask, prefix.position, cache)
+        return hidden, CachedPrefix(states, prefix.linear, mask, prefix.position + ids.shape[1])
+
+    def _through(self, ids: Tensor, mask: Tensor, position: Tensor, cache: Cache) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """What :meth:`_run` gives for ids ``(M, T)`` after a cache; ``mask (M, P + T)``, ``position (M,)`` of the first."""
+        position = position[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position.expand(3, -1, -1)}
+        return self._run(inputs, cache)
+
+    def _run(self, inputs: dict[str, Any], cache: Cache) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Hidden states of one pass, and what it wrote into a cache that can tell."""
+        dealt = sharded(self.model)
+
+        def run() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            with _checkpointed_with_cache(self.model):
+                hidden: Tensor = self.model.model(**inputs, past_key_values=cache, use_cache=False).last_hidden_state
+            states = cache.written() if isinstance(cache, BranchCache) else []
+            return hidden, in_order(hidden, states) if dealt else states
+
+        return inside(self.model, run)
 
 
 @contextmanager
