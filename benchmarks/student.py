@@ -5,9 +5,10 @@
     python benchmarks/student.py RUN --cells small-sft small-risd-10 --steps 100
 
 The teacher is RUN/teacher, as `zr fit --config zr:teacher_small --run RUN/teacher` leaves it; where there is none, GDSO with
-centred advantages trains it. It labels the annotated images of the run and up to ten times as many without annotation
-(`zr label`), with one trace and with four. A smaller base model, for smaller students, gets the lessons of the demo's. All
-cells have the same annotated prompts; learning rate and checkpoint of each are the best on the validation split:
+centred advantages trains it. It labels the annotated images of the run and up to ten (`--most 40`: forty) times as many without
+annotation (`zr label`), with one trace and with four. A smaller base model, for smaller students, gets the lessons of the
+demo's. All cells have the same annotated prompts, all or a part of them (`--annotated 37`); learning rate and checkpoint of
+each are the best on the validation split:
 
     SIZE-sft          the annotations alone, one token
     SIZE-risd-N       the teacher's labels of the annotated images and of N times as many others, one token
@@ -28,10 +29,12 @@ import hashlib
 import json
 import platform
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ from zr.models import LinearHead, ReasoningReward, SamplingRule, compose, reason
 from zr.scores import ScoreDistribution, kl_divergence
 from zr.stages import OnPolicy, PolicyTerm, ScoringStage, Student, Supervised, Teacher, Term
 
-SHARES = (1, 3, 10)
+SHARES = (1, 3, 10, 40)
 """Images without annotation, in multiples of the annotated ones."""
 
 METHODS = ("sft", "risd-0", *(f"risd-{n}" for n in SHARES), "risd-10-k1", "both-10", "opd")
@@ -64,7 +67,7 @@ SMALL = {"hidden_size": 64, "layers": 2, "vision_size": 32}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS)
+    parser.add_argument("--cells", nargs="+", choices=CELLS, help="all that --most allows")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="of learning; the best on validation counts")
     parser.add_argument("--steps", type=int, default=400, help="of the cells that answer with one token")
@@ -73,20 +76,42 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="in a batch")
     parser.add_argument("--opd-prompts", type=int, default=4)
     parser.add_argument("--traces", type=int, default=4)
-    parser.add_argument("--most", type=int, default=max(SHARES), help="multiples that are labelled at all")
+    parser.add_argument("--most", type=int, default=10, choices=SHARES, help="multiples that are labelled at all")
     parser.add_argument("--lessons", type=int, default=0, help="steps of each half of the small base; 0: as the demo's")
+    parser.add_argument("--annotated", type=int, help="prompts whose annotations are used; all, if not given")
     parser.add_argument("--teacher-steps", type=int, default=100)
     parser.add_argument("--teacher-lr", type=float, default=1e-3)
     options = parser.parse_args()
-    beyond = [cell for cell in options.cells for share in SHARES if share > options.most and f"-{share}" in cell]
-    if beyond:
+    beyond = [
+        cell
+        for cell in options.cells or CELLS
+        for share in SHARES
+        if share > options.most and cell.split("-")[2:3] == [str(share)]
+    ]
+    options.cells = options.cells or [cell for cell in CELLS if cell not in beyond]
+    if set(beyond) & set(options.cells):
         parser.error(f"--most {options.most} leaves no labels for {', '.join(beyond)}: leave them out of --cells")
     warnings.filterwarnings("ignore")
     console = Console(width=190)
-    for run in options.runs:
+    for whole in options.runs:
+        run = part(whole, options.annotated) if options.annotated else whole
         found = measure(run, options)
         (run / "student.json").write_text(json.dumps(found, indent=2) + "\n")
         console.print(table(found))
+
+
+def part(run: Path, count: int) -> Path:
+    """A run with the first ``count`` annotated prompts alone, and the same base, validation and test."""
+    home, scale = run / f"annotated-{count}", shapes.rubric().scale
+    if not (home / DONE).exists():
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(run / "base", home / "base")
+        shutil.copy(run / "settings.json", home / "settings.json")
+        for split in Index.load(run / "data").splits:
+            records = islice(read_shards(run / "data", split=split), count if split == "train" else None)
+            write_shards(records, home / "data", scale, split=split, per_shard=8)
+        (home / DONE).touch()
+    return home
 
 
 def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _stage(job: Job, policy: Policy) -> Callable[[], None]:
     meter.watch(policy.backbone, "extend", lambda: "evaluation" if torch.is_grad_enabled() else "scores")
     meter.watch(stage, "_update", "evaluation")
     meter.watch(stage, "manual_backward", "backward")
-    meter.watch(stage, "_step", "optimiser")
+    meter.watch(stage, "step", "optimiser")
     trainer = L.Trainer(
         accelerator="gpu" if meter.on_gpu else "cpu",
         devices=1,

@@ -16,7 +16,7 @@ import zr
 from zr.cli import COMMANDS, TRAINING, main
 from zr.commands.configs import _names
 from zr.data import Index, shapes, write_shards
-from zr.models import RewardModel, ScoreTokenHead
+from zr.models import RewardModel, SamplingRule, ScoreTokenHead, compose, reasoning, tiny_qwen3_vl
 
 few_batches = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")  # as in other tiny runs
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -154,10 +154,32 @@ def test_compose() -> None:
 def test_train(home) -> None:
     run("shards", "write")
     run("configs")
-    for steps, line in enumerate(commands("fit"), start=1):  # each cut short; the one that resumes goes further than the first
+    lines = [line for line in commands("fit") if "zr:supervised" in line]
+    for steps, line in enumerate(lines, start=1):  # each cut short; the one that resumes goes further than the first
         assert main([*line, f"--trainer.max_steps={steps}"]) == 0, shlex.join(line)
     run("validate")
     assert zr.load("runs/lora").rubric == zr.Rubric.load("zr:direct")
+
+
+@few_batches
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning")
+def test_student(home, capsys) -> None:
+    model = compose(tiny_qwen3_vl(shapes.rubric(), shapes.vocabulary), ScoreTokenHead)
+    shutil.rmtree("zr-demo/base")
+    model.save_pretrained("zr-demo/base")
+    teacher = reasoning(zr.load("zr-demo/base"), shapes.rubric(reasoning=True), rule=SamplingRule(length=6))
+    teacher.save_pretrained("zr-demo/teacher")
+    for split in ("train", "validation", "test"):
+        write_shards(shapes.records(split, count=3, candidates=2), "zr-demo/data", shapes.rubric().scale, split)
+    run("label")
+    for line in commands("fit"):
+        if "zr:student_small" in line:
+            assert main([*line, "--trainer.max_steps=1", "--trainer.val_check_interval=1"]) == 0, shlex.join(line)
+    run("agreement")
+    assert (home / "agreement.html").is_file()
+    run("calibrate")
+    assert zr.load("zr-demo/student", calibrated=True).calibration is not None
+    assert "NLL" in capsys.readouterr().out
 
 
 def test_commands_named_in_the_readme_exist() -> None:

@@ -8,7 +8,7 @@ from scipy.special import rel_entr
 
 from zr.data import Index, LabelData, LabelledFolder, ScoreData, read_shards, shapes, write_shards
 from zr.data.record import decode
-from zr.models import LinearHead, Policy, ReasoningReward, RewardModel, SamplingRule, ScoreTokenHead, compose
+from zr.models import LinearHead, Policy, ReasoningReward, RewardModel, SamplingRule, ScoreTokenHead, Temperature, compose
 from zr.scores import ScoreDistribution
 from zr.stages import Labelling, WriteLabels
 from zr.stages.labelling import trace_seed
@@ -241,6 +241,22 @@ def test_settings_say_what_decides(direct, source):
     rule = {"temperature": 1.0, "length": 7, "suppressed": RULE.suppressed}
     assert reasoned == {"traces": 3, "seed": 3, "keep_traces": False, "rule": rule}
     assert Labelling(direct, seed=3).settings == {}
+
+
+def test_a_calibrated_scorer_labels_as_it_answers(direct, images):
+    rubric = shapes.rubric()
+    flatter = Temperature(rubric.scale_id, rubric.dimensions, (2.0, 1.0, 3.0, 0.5))
+    teacher = teacher_of("qwen3_vl")
+    [own], answered = labels_of(teacher, images[:1], PROMPTS[:1], KEYS[:1]), dict(zip(NAMES, flatter.temperature, strict=True))
+    teacher.calibration = flatter
+    [label] = labels_of(teacher, images[:1], PROMPTS[:1], KEYS[:1], dimensions=["aesthetics", "alignment"])
+    for name, found in label.items():
+        powers = [p ** (1 / answered[name]) for p in own[name].probs]
+        assert found.probs == pytest.approx([power / sum(powers) for power in powers], abs=1e-6)
+        assert found.reasoning.spread == pytest.approx(own[name].reasoning.spread, abs=1e-9)
+    assert Labelling(teacher).settings["calibration"]["temperature"] == flatter.temperature
+    calibrated = RewardModel(direct.backbone, direct.head, direct.rubric, calibration=flatter)
+    assert list(Labelling(calibrated).settings) == ["calibration"]
 
 
 @pytest.mark.parametrize(

@@ -295,3 +295,16 @@ def test_a_teacher_that_says_nothing():
     mixed = {"kl": Term(ForwardKL()), "near": Term(InterpolatedCrossEntropy())}
     with pytest.raises(ValueError, match=r"no image since the start had a distribution by the teacher: label the split"):
         one_step(student(vlm(), terms=mixed), annotated)
+
+
+def test_a_resumed_epoch_remembers_its_teacher():
+    """The rest of an epoch holds annotated images only: that is no epoch without a teacher."""
+    taught, annotated = records("train")
+    first, rest = (collate([r], SCALE, labeller="teacher") for r in (labelled(taught, reasoner(traces=1)), annotated))
+    terms = {"kl": Term(ForwardKL()), "near": Term(InterpolatedCrossEntropy())}
+    stage, resumed, kept = student(vlm(), terms=terms), student(vlm(), terms=terms), {}
+    one_step(stage, first)
+    stage.on_save_checkpoint(kept)
+    resumed.on_load_checkpoint(kept)
+    logged, _ = one_step(resumed, rest)
+    assert "train/kl" not in logged

@@ -29,7 +29,8 @@ class Labelling(L.LightningModule):
 
     A reasoning teacher's label is the mean of its distributions over K traces (eq. 15 with the trace marginalised), each trace
     drawn from (seed, key of the image, dimension, trace number): what else is in the batch, the order of the shards and the
-    number of processes have no influence on it.
+    number of processes have no influence on it. Where the teacher is calibrated, so is the mean; what is told of single traces,
+    their spread too, is the model's own.
 
     Args:
         scorer: whatever scores images.
@@ -78,10 +79,12 @@ class Labelling(L.LightningModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What besides the scorer decides on its labels, as plain values."""
+        """What besides the scorer's weights decides on its labels, as plain values."""
+        calibration = getattr(self.scorer, "calibration", None)
+        own: dict[str, Any] = {} if calibration is None else {"calibration": asdict(calibration)}
         if not isinstance(self.scorer, ReasoningReward):
-            return {}
-        own = {"traces": self.traces, "seed": self.seed, "keep_traces": self.keep_traces}
+            return own
+        own |= {"traces": self.traces, "seed": self.seed, "keep_traces": self.keep_traces}
         return own | {"rule": asdict(self.scorer.rule)}
 
     def forward(self, images: Sequence[Tensor], prompts: Sequence[str], keys: Sequence[str]) -> list[Labels]:
@@ -149,7 +152,7 @@ class Labelling(L.LightningModule):
         tokens, mask = rollouts.tokens.cpu(), rollouts.mask.cpu()
         written, forced = mask.sum(-1).reshape(shape).sum(-1), rollouts.forced.reshape(shape).sum(-1)
         texts = policy.texts(rollouts) if self.keep_traces else []
-        each, mixed = _probs(after), _probs(mean)
+        each, mixed = _probs(after), _probs(mean if teacher.calibration is None else teacher.calibration(mean, names))
         labels: list[Labels] = []
         for n in range(len(keys)):
             labels.append({})

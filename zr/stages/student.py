@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -82,6 +83,14 @@ class Student(FrozenTeacher, Supervised):
         """Look back whether there was a teacher at all."""
         if not float(self.mean_over_processes(torch.tensor(float(self.labelled), device=self.device))):
             raise ValueError(f"no image since the start had a distribution by the teacher: {self._remedy}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep whether there was a teacher: the rest of a resumed epoch may be annotated only."""
+        checkpoint["labelled"] = self.labelled
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember whether there was one."""
+        self.labelled = checkpoint.get("labelled", False)  # of another stage: none
 
     @torch.no_grad()
     def taught(self, batch: Batch) -> Batch:
