@@ -361,6 +361,61 @@ def test_the_big_student_takes_a_step_at_a_small_size(world: Path, tmp_path: Pat
     assert "train/kl" in file.read_text().splitlines()[0]
 
 
+@of_lora
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_the_big_generator_at_its_size_on_the_meta_device(world: Path, tmp_path: Path, monkeypatch) -> None:
+    """The sizes published for Z-Image; what the recipe's comments say of them, worked by hand."""
+    import diffusers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    from zr.models.generators import FullGuidance, ZImageGenerator
+
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936, "head_dim": 128}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    levels = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+    levels |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    levels |= {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
+
+    def published(source, dtype, **_):
+        assert source == "Tongyi-MAI/Z-Image"
+        assert dtype == torch.bfloat16
+        with torch.device("meta"):
+            parts = diffusers.AutoencoderKL(**levels), Qwen3Model(Qwen3Config(**text)), diffusers.ZImageTransformer2DModel()
+        vae, encoder, transformer = (part.to(dtype) for part in parts)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+        return diffusers.ZImagePipeline(scheduler, vae, encoder, words, transformer)
+
+    monkeypatch.setattr(diffusers.ZImagePipeline, "load_config", lambda *_, **__: {"_class_name": "ZImagePipeline"})
+    monkeypatch.setattr(diffusers.ZImagePipeline, "from_pretrained", published)
+    scorers = [f"--model.{place}.scorer.source={world / 'start'}" for place in ("rewards.student", "held_out")]
+    files = ["--config", str(packaged("zr:text_to_image")), "--run", "nowhere", "--trainer.accelerator=cpu"]
+    made = TrainingCLI("fit", [*files, *scorers]).model
+    generator = made.generator
+    assert type(generator) is ZImageGenerator
+    assert type(generator.guidance) is FullGuidance
+    assert (generator.steps, generator.side, generator.guidance.scale, made.micro_batch) == (28, 512, 5.0, 1)
+    trained = [p for p in generator.parameters() if p.requires_grad]
+    frozen = [p for p in generator.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == pytest.approx(6.15e9, rel=1e-3)
+    width, inner = 3840, 10240
+    assert sum(p.numel() for p in trained) == 32 * 34 * (4 * 2 * width + 3 * (width + inner)) == 79_380_480
+    assert {(p.dtype, p.device.type) for p in trained} == {(torch.float32, "meta")}
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    sizes = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in generator.pipeline.components.items()
+        if name in ("vae", "text_encoder")
+    }
+    assert sizes == {"vae": pytest.approx(84e6, rel=0.01), "text_encoder": pytest.approx(4.02e9, rel=1e-3)}
+    assert generator.transformer.gradient_checkpointing
+    assert generator.pipeline.vae.decoder.gradient_checkpointing
+    assert generator.state_dict().keys() == {name for name, p in generator.named_parameters() if p.requires_grad}
+
+
 def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path: Path) -> None:
     places = ["--folder", str(world / "data"), "--start", str(world / "start"), "--run", str(tmp_path)]
     cli = TrainingCLI("fit", ["--config", str(packaged("zr:supervised")), *places, "--model.terms.votes.weight=0.25"])

@@ -11,6 +11,9 @@ from zr._lazy import lazy
 
 if TYPE_CHECKING:
     from zr.models.generators.base import Generator as Generator
+    from zr.models.generators.diffusion import DiffusionGenerator as DiffusionGenerator
+    from zr.models.generators.diffusion import StableDiffusion3Generator as StableDiffusion3Generator
+    from zr.models.generators.diffusion import ZImageGenerator as ZImageGenerator
     from zr.models.generators.flow import FlowGenerator as FlowGenerator
     from zr.models.generators.flow import FlowSize as FlowSize
     from zr.models.generators.flow import FlowTransformer as FlowTransformer
@@ -21,12 +24,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DetachedGuidance": "guidance",
+    "DiffusionGenerator": "diffusion",
     "FlowGenerator": "flow",
     "FlowSize": "flow",
     "FlowTransformer": "flow",
     "FullGuidance": "guidance",
     "Generator": "base",
     "Guidance": "guidance",
+    "StableDiffusion3Generator": "diffusion",
+    "ZImageGenerator": "diffusion",
     "tiny_flow": "flow",
 }
 
