@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import lightning as L
-
 from zr.data.batch import ChosenPairs, PairPolicy
+from zr.data.counting import CountedData
 from zr.data.loader import Order, ShardLoader
 from zr.data.remote import RemotePath, place
 from zr.data.shards import Index
@@ -16,7 +15,7 @@ from zr.rubric import Rubric
 __all__ = ["ScoreData"]
 
 
-class ScoreData(L.LightningDataModule):
+class ScoreData(CountedData):
     """Batches of annotated images from shards.
 
     Training goes through the shards and through a buffer of records in an order drawn from (seed, epoch, rank). Every rank
@@ -118,7 +117,6 @@ class ScoreData(L.LightningDataModule):
         self.seed = seed
         self.pairs_per_batch = pairs_per_batch
         self.on_error = on_error
-        self._epochs = -1
 
     def setup(self, stage: str) -> None:
         """Check the splits that ``stage`` (fit, validate, test or predict) needs, before anything expensive begins."""
@@ -167,8 +165,7 @@ class ScoreData(L.LightningDataModule):
             pairs=self.pairs if training else ChosenPairs(),
             labeller=self.labeller,
             order=Order(self.seed, rank, self.shuffle_buffer) if training else None,
-            epoch=self._epoch if training else _first,
-            processed=self._processed if training else _uncounted,
+            **self.counting(training),
             rank=rank,
             ranks=ranks,
             pairs_per_batch=self.pairs_per_batch if training else None,
@@ -182,24 +179,3 @@ class ScoreData(L.LightningDataModule):
         """Of a split: an absolute one, or an address, takes the place of the folder."""
         whole = place(split)
         return whole if isinstance(whole, RemotePath) or whole.is_absolute() else self.folder / split
-
-    def _epoch(self, asked: int | None) -> int:
-        if self.trainer is not None:
-            return self.trainer.current_epoch
-        self._epochs = self._epochs + 1 if asked is None else asked
-        return self._epochs
-
-    def _processed(self) -> int | None:
-        """Batches of this epoch that the trainer has worked through; the one that it is at is given already."""
-        if self.trainer is None:
-            return None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-        return int(progress["current"]["processed"])
-
-
-def _uncounted() -> None:
-    return None
-
-
-def _first(asked: int | None) -> int:
-    return 0

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
+from zr.data.counting import CountedData
 from zr.data.record import SHORT, parse_json
 from zr.data.remote import RemotePath, place
 from zr.data.shards import read_shards
@@ -194,7 +193,7 @@ class PromptLoader:
         return [order[i % count] for i in range(self.rank, -(-count // self.ranks) * self.ranks, self.ranks)]
 
 
-class PromptData(L.LightningDataModule):
+class PromptData(CountedData):
     r"""Batches of prompts, for stages that make images.
 
     Args:
@@ -237,7 +236,6 @@ class PromptData(L.LightningDataModule):
         self.limit = limit
         self.seed = seed
         self._read: dict[str, PromptBatch] = {}
-        self._epochs = -1
 
     def setup(self, stage: str) -> None:
         """Read the prompts that ``stage`` (fit or validate) needs, before anything expensive begins."""
@@ -265,29 +263,7 @@ class PromptData(L.LightningDataModule):
             prompts=prompts,
             batch_size=self.batch_size,
             seed=seed,
-            epoch=self._epoch if training else _first,
-            processed=self._processed if training else _uncounted,
+            **self.counting(training),
             rank=rank,
             ranks=ranks,
         )
-
-    def _epoch(self, asked: int | None) -> int:
-        if self.trainer is not None:
-            return self.trainer.current_epoch
-        self._epochs = self._epochs + 1 if asked is None else asked
-        return self._epochs
-
-    def _processed(self) -> int | None:
-        """Batches of this epoch that the trainer has worked through; the one that it is at is given already."""
-        if self.trainer is None:
-            return None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-        return int(progress["current"]["processed"])
-
-
-def _uncounted() -> None:
-    return None
-
-
-def _first(asked: int | None) -> int:
-    return 0
