@@ -389,8 +389,10 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states ``(M, S, H)``, where the traces start in them ``(M,)``, states at the score ``(M, H)``.
 
-        What the rollouts of a question share is computed once: all but the end of its opening. It is cut at one length for all
-        questions, since nothing may be appended after a pad, and for all batches, so that rounding stays the same.
+        Without a gradient, what the rollouts of a question share is computed once: all but the end of its opening. It is cut at
+        one length for all questions, since nothing may be appended after a pad, and for all batches, so that rounding stays the
+        same. With a gradient it is not: micro-batches would differentiate a shared opening in as many parts as they are,
+        and the gradient through linear attention would round by the split.
         """
         prompts = self.backbone.prompts
         openings = [prompts.suffix_ids(self.rubric.dimensions[d]) for d in dimension.tolist()]
@@ -398,7 +400,7 @@ class Policy(nn.Module):
         asked = list(zip(row.tolist(), dimension.tolist(), strict=True))
         questions = list(dict.fromkeys(asked))
         shared = min(len(prompts.suffix_ids(name)) for name in self.rubric.dimensions) - 1  # the last one tells the first token
-        if isinstance(prefix, CachedPrefix) and shared > 0:
+        if isinstance(prefix, CachedPrefix) and shared > 0 and not torch.is_grad_enabled():
             once = [asked.index(question) for question in questions]
             _, states = self.backbone.advance(prefix.fork(row[once]), [openings[i][:shared] for i in once])
             forked = states.fork(torch.tensor([questions.index(question) for question in asked]))
