@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from zr.models.policy import Evaluation as Evaluation
     from zr.models.policy import Policy as Policy
     from zr.models.policy import PrefixSampler as PrefixSampler
+    from zr.models.policy import Questions as Questions
     from zr.models.policy import Rollouts as Rollouts
     from zr.models.policy import Sampler as Sampler
     from zr.models.policy import SamplingRule as SamplingRule
@@ -64,6 +65,7 @@ _HOME = {
     "ReasoningReward": "reward",
     "RewardModel": "reward",
     "RiskAverse": "aggregation",
+    "Questions": "policy",
     "Rollouts": "policy",
     "Sampler": "policy",
     "SamplingRule": "policy",

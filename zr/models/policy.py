@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from zr.models.prompts import PromptBuilder
 from zr.models.sharding import Company
 from zr.scores import ScoreDistribution
 
-__all__ = ["Evaluation", "Policy", "PrefixSampler", "Rollouts", "Sampler", "SamplingRule", "Written"]
+__all__ = ["Evaluation", "Policy", "PrefixSampler", "Questions", "Rollouts", "Sampler", "SamplingRule", "Written"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,32 @@ class Rollouts:
     def select(self, index: Tensor | slice) -> Rollouts:
         """Some of the rollouts, as wide as before; their ``row`` is still that of the prefix they were sampled from."""
         return Rollouts(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the rollouts of each question share, computed once: the states of its image and of the start of its opening.
+
+    It stands for the prefix where rollouts are evaluated in parts, and is cut as one (:mod:`zr.models.prefix`), so that an
+    opening is differentiated once, however its rollouts are split.
+
+    Args:
+        prefix: a row for each question.
+        place: the row of each question, which is a row of the images' prefix and the index of a dimension.
+        shared: tokens of each opening that ``prefix`` includes.
+    """
+
+    prefix: Prefix
+    place: dict[tuple[int, int], int]
+    shared: int
+
+    def cut(self) -> Questions:
+        """The same on leaf copies, where backward passes end."""
+        return replace(self, prefix=self.prefix.cut())
+
+    def replay_loss(self) -> Tensor:
+        """A scalar whose backward pass carries on what the leaves gathered."""
+        return self.prefix.replay_loss()
 
 
 @dataclass(frozen=True)
@@ -276,7 +302,7 @@ class Policy(nn.Module):
         dimension = torch.tensor([self.rubric.dimensions.index(dimensions[i]) for i in row.tolist()])
         openings = [self.backbone.prompts.suffix_ids(self.rubric.dimensions[d]) for d in dimension.tolist()]
         forbidden = self._forbidden(rule)
-        self._check_room(prefix, row.tolist(), openings, [rule.length] * len(row))
+        self._check_room(prefix, row.tolist(), row.tolist(), openings, [rule.length] * len(row))
         written = self.sampler(self.backbone, prefix, row.tolist(), openings, rule, forbidden, seeds)
         traces, at_score = written.traces, written.at_score
         if at_score is None:
@@ -294,14 +320,32 @@ class Policy(nn.Module):
             log_probs=torch.tensor([[*p, *[0.0] * (width - len(p))] for p in written.log_probs], device=device),
         )
 
-    def evaluate(self, prefix: Prefix, rollouts: Rollouts, rule: SamplingRule) -> Evaluation:
-        """Log-probs, entropy and score distributions of given rollouts, with gradients into model and prefix.
+    def ask(self, prefix: Prefix, rollouts: Rollouts) -> Questions:
+        """Read once what the rollouts of a question share: all of its opening but the end, which tells the first token.
 
-        One pass over all suffixes, from the states that the rollouts of a row share. Rollouts may be evaluated in parts, by
-        :meth:`Rollouts.select` and a cut prefix (:mod:`zr.models.prefix`).
+        The openings are cut at one length for all questions, since nothing may be appended after a pad, and for all batches,
+        so that rounding stays the same. A prefix of whole sequences has nothing to share.
 
         Args:
             prefix: the rows that the rollouts were sampled from.
+            rollouts: all that will be evaluated.
+
+        Returns:
+            What :meth:`evaluate` and :meth:`score` take in place of the prefix.
+
+        Raises:
+            ValueError: rows that the prefix does not have.
+        """
+        return self._ask(prefix, rollouts.row, rollouts.dimension)
+
+    def evaluate(self, prefix: Prefix | Questions, rollouts: Rollouts, rule: SamplingRule) -> Evaluation:
+        """Log-probs, entropy and score distributions of given rollouts, with gradients into model and prefix.
+
+        One pass over all suffixes, from the states that the rollouts of a row share. Rollouts may be evaluated in parts, by
+        :meth:`Rollouts.select` and a cut prefix (:mod:`zr.models.prefix`), or cut questions (:meth:`ask`), which share more.
+
+        Args:
+            prefix: the rows that the rollouts were sampled from, or what was asked of them.
             rollouts: M of them.
             rule: the one they were sampled by; at unchanged weights the log-probs are those of the sampler.
 
@@ -314,10 +358,6 @@ class Policy(nn.Module):
         """
         if rule.temperature == 0:
             raise ValueError("greedy traces have no log-probs to learn from: evaluate by a rule with temperature > 0")
-        if not int(rollouts.row.max()) < len(prefix):
-            raise ValueError(
-                f"rollouts of row {int(rollouts.row.max())} for a prefix of {len(prefix)} rows: give the prefix they came from"
-            )
         sampled, place = rollouts.mask.nonzero(as_tuple=True)
         tokens, forbidden = rollouts.tokens[rollouts.mask], self._forbidden(rule).to(rollouts.tokens.device)
         wrong = torch.isin(tokens, forbidden).nonzero().flatten().tolist()
@@ -335,18 +375,18 @@ class Policy(nn.Module):
         scores = ScoreDistribution(self._labels(at_score), self.rubric.bins, off_scale=off_scale)
         return Evaluation(log_probs, entropy, scores, log_mass)
 
-    def score(self, prefix: Prefix, rollouts: Rollouts) -> ScoreDistribution:
+    def score(self, prefix: Prefix | Questions, rollouts: Rollouts) -> ScoreDistribution:
         """Score distributions after given traces, whoever wrote them and for whichever image.
 
         Args:
-            prefix: what is judged.
+            prefix: what is judged, or what was asked of it.
             rollouts: M of them; only rows, dimensions and traces count. A trace may be empty (nothing in its ``mask``).
 
         Returns:
             Batch shape ``(M,)``, with gradients.
 
         Raises:
-            ValueError: more tokens than the model reads.
+            ValueError: rows that the prefix does not have, more tokens than the model reads.
         """
         _, _, at_score = self._replay(prefix, rollouts.row, rollouts.dimension, _traces(rollouts))
         return ScoreDistribution(self._labels(at_score), self.rubric.bins, off_scale=self.head.off_scale(at_score))
@@ -367,50 +407,69 @@ class Policy(nn.Module):
         return torch.tensor(sorted(self._no_text.union(rule.suppressed)))
 
     def _check_room(
-        self, prefix: Prefix, row: Sequence[int], openings: Sequence[Sequence[int]], written: Sequence[int]
+        self,
+        prefix: Prefix,
+        place: Sequence[int],
+        row: Sequence[int],
+        openings: Sequence[Sequence[int]],
+        written: Sequence[int],
     ) -> None:
-        """Refuse traces that with what stands around them are longer than the context."""
+        """Refuse traces that with what stands around them are longer than the context; ``place`` is their row of the prefix."""
         prompts = self.backbone.prompts
         if prompts.length is None:
             return
         shared = prefix.mask.sum(-1).tolist() if isinstance(prefix, CachedPrefix) else list(map(len, prefix.ids))
         after = len(prompts.marker_ids) + 2  # the end, which may be appended, and the label
-        for r, opening, count in zip(row, openings, written, strict=True):
-            needed = shared[r] + len(opening) + count + after
+        for p, r, opening, count in zip(place, row, openings, written, strict=True):
+            needed = shared[p] + len(opening) + count + after
             if needed > prompts.length:
                 raise ValueError(
-                    f"row {r}: system text, images, prompt and question have {shared[r] + len(opening)} tokens, with a trace "
+                    f"row {r}: system text, images, prompt and question have {shared[p] + len(opening)} tokens, with a trace "
                     f"of {count}, end and marker {needed}; the model reads {prompts.length}: sample by a rule of length "
                     f"{max(0, prompts.length - needed + count)} or less, or make the images or the prompt smaller"
                 )
 
+    def _ask(self, prefix: Prefix, row: Tensor, dimension: Tensor) -> Questions:
+        """See :meth:`ask`."""
+        _check_rows(prefix, row)
+        names, prompts = self.rubric.dimensions, self.backbone.prompts
+        shared = min(len(prompts.suffix_ids(name)) for name in names) - 1
+        if not isinstance(prefix, CachedPrefix) or shared < 1:
+            return _unshared(prefix, row, dimension)
+        asked = list(dict.fromkeys(zip(row.tolist(), dimension.tolist(), strict=True)))
+        images = prefix.fork(torch.tensor([r for r, _ in asked]))
+        _, states = self.backbone.advance(images, [prompts.suffix_ids(names[d])[:shared] for _, d in asked])
+        return Questions(states, {question: i for i, question in enumerate(asked)}, shared)
+
     def _replay(
-        self, prefix: Prefix, row: Tensor, dimension: Tensor, traces: Sequence[Sequence[int]]
+        self, prefix: Prefix | Questions, row: Tensor, dimension: Tensor, traces: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states ``(M, S, H)``, where the traces start in them ``(M,)``, states at the score ``(M, H)``.
 
-        Without a gradient, what the rollouts of a question share is computed once: all but the end of its opening. It is cut at
-        one length for all questions, since nothing may be appended after a pad, and for all batches, so that rounding stays the
-        same. With a gradient it is not: micro-batches would differentiate a shared opening in as many parts as they are,
-        and the gradient through linear attention would round by the split.
+        Without a gradient, what the rollouts of a question share is computed once. With one it is only where the caller asked
+        (:meth:`ask`): else micro-batches would differentiate a shared opening in as many parts as they are, and the gradient
+        through linear attention would round by the split.
         """
         prompts = self.backbone.prompts
-        openings = [prompts.suffix_ids(self.rubric.dimensions[d]) for d in dimension.tolist()]
-        self._check_room(prefix, row.tolist(), openings, list(map(len, traces)))
-        asked = list(zip(row.tolist(), dimension.tolist(), strict=True))
-        questions = list(dict.fromkeys(asked))
-        shared = min(len(prompts.suffix_ids(name)) for name in self.rubric.dimensions) - 1  # the last one tells the first token
-        if isinstance(prefix, CachedPrefix) and shared > 0 and not torch.is_grad_enabled():
-            once = [asked.index(question) for question in questions]
-            _, states = self.backbone.advance(prefix.fork(row[once]), [openings[i][:shared] for i in once])
-            forked = states.fork(torch.tensor([questions.index(question) for question in asked]))
+        if isinstance(prefix, Questions):
+            questions = prefix
+        elif torch.is_grad_enabled():
+            _check_rows(prefix, row)
+            questions = _unshared(prefix, row, dimension)
         else:
-            shared, forked = 0, prefix.fork(row)
-        suffixes = [
-            [*opening[shared:], *trace, *_closing(prompts, trace)] for opening, trace in zip(openings, traces, strict=True)
-        ]
-        hidden = self.backbone.extend(forked, suffixes)
-        start = torch.tensor([len(opening) - shared for opening in openings], device=hidden.device)
+            questions = self._ask(prefix, row, dimension)
+        asked = list(zip(row.tolist(), dimension.tolist(), strict=True))
+        unknown = [question for question in asked if question not in questions.place]
+        if unknown:
+            r, d = unknown[0]
+            name = self.rubric.dimensions[d]
+            raise ValueError(f"nobody asked row {r} for {name}: ask all questions of the rollouts that will be evaluated")
+        place = [questions.place[question] for question in asked]
+        openings = [prompts.suffix_ids(self.rubric.dimensions[d])[questions.shared :] for d in dimension.tolist()]
+        self._check_room(questions.prefix, place, row.tolist(), openings, list(map(len, traces)))
+        suffixes = [[*opening, *trace, *_closing(prompts, trace)] for opening, trace in zip(openings, traces, strict=True)]
+        hidden = self.backbone.extend(questions.prefix.fork(torch.tensor(place)), suffixes)
+        start = torch.tensor([len(opening) for opening in openings], device=hidden.device)
         return hidden, start, _at_last(hidden, suffixes)
 
     def _labels(self, at_score: Tensor) -> Tensor:
@@ -463,6 +522,17 @@ def _first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(running, target[:, None], right=True)
     before = (running - weights).gather(-1, index)
     return index.squeeze(-1), (target - before.squeeze(-1)).clamp_min(0)
+
+
+def _check_rows(prefix: Prefix, row: Tensor) -> None:
+    """Refuse rollouts of another prefix."""
+    if not int(row.max()) < len(prefix):
+        raise ValueError(f"rollouts of row {int(row.max())} for a prefix of {len(prefix)} rows: give the prefix they came from")
+
+
+def _unshared(prefix: Prefix, row: Tensor, dimension: Tensor) -> Questions:
+    """Questions whose openings are read with each trace."""
+    return Questions(prefix, {(r, d): r for r, d in zip(row.tolist(), dimension.tolist(), strict=True)}, 0)
 
 
 def _closing(prompts: PromptBuilder, trace: Sequence[int]) -> list[int]:

@@ -134,7 +134,7 @@ class OnPolicy(FrozenTeacher, RolloutStage):
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]  # of a step that was broken off
         count = float(self.mean_over_processes(torch.tensor(float(len(sampled)), device=pull.device)))
-        cut = self.policy.backbone.encode(batch.images, batch.prompts).cut()
+        cut = self.policy.ask(self.policy.backbone.encode(batch.images, batch.prompts), sampled).cut()
         found: list[Evaluation] = []
         with self.unsynchronised():
             for part in parts:

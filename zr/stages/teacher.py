@@ -295,7 +295,7 @@ class Teacher(RolloutStage):
     ) -> list[Evaluation]:
         """The gradient of the objective, or of one part of it, added to that of the parameters."""
         count = float(self.mean_over_processes(torch.tensor(float(len(sampled)), device=pull.device)))
-        cut = self.policy.backbone.encode(batch.images, batch.prompts).cut()
+        cut = self.policy.ask(self.policy.backbone.encode(batch.images, batch.prompts), sampled).cut()
         found: list[Evaluation] = []
         with self.unsynchronised():
             for number, part in enumerate(parts):
