@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--lessons", type=int, default=0, help="steps of each half of the small base; 0: as the demo's")
     parser.add_argument("--annotated", type=int, help="prompts whose annotations are used; all, if not given")
     parser.add_argument("--teacher-steps", type=int, default=100)
-    parser.add_argument("--teacher-lr", type=float, default=1e-3)
+    parser.add_argument("--teacher-rates", type=float, nargs="+", default=[1e-3], help="as --rates, of the teacher")
     options = parser.parse_args()
     beyond = [
         cell
@@ -214,22 +214,32 @@ def lessons(run: Path, name: str, start: str, options: argparse.Namespace) -> No
 
 
 def train_teacher(run: Path, options: argparse.Namespace) -> ReasoningReward:
-    """GDSO, as the teacher's own benchmark has it."""
+    """GDSO, as the teacher's own benchmark has it, but learning rate and checkpoint are those that validation prefers."""
+    found = []
+    for rate in options.teacher_rates:
+        keep, stage = KeepBest(), teacher_stage(run, rate)
+        pairs = {"pairs": RandomPairs(1, AllPairs(ties=False)), "pairs_per_batch": 16}
+        data = ScoreData(run / "data", shapes.rubric(), batch_size=16, seed=seed_of(run), **pairs)
+        looks = {"val_check_interval": max(1, options.teacher_steps // options.looks), "check_val_every_n_epoch": None}
+        trainer(options.teacher_steps, callbacks=[keep], num_sanity_val_steps=0, **looks).fit(stage, datamodule=data)
+        stage.model.load_state_dict(keep.weights)
+        print("teacher", {"lr": rate, "validation": keep.value, "step": keep.step}, flush=True)
+        found.append((keep.value, stage.model))
+    return max(found, key=lambda pair: pair[0])[1].eval()
+
+
+def teacher_stage(run: Path, rate: float) -> Teacher:
+    """From the run's base model."""
     seed = seed_of(run)
     L.seed_everything(seed, verbose=False)
-    model = reasoner(zr.load(run / "base"), seed)
-    stage = Teacher(
-        model,
+    return Teacher(
+        reasoner(zr.load(run / "base"), seed),
         terms={"pointwise": Term(InterpolatedCrossEntropy(), 0.5), "pairwise": Term(GapLoss(), 0.5)},
         policy=PolicyTerm(advantage=CentredAdvantage()),
         group_size=4,
-        optimizer=partial(torch.optim.AdamW, lr=options.teacher_lr, weight_decay=0.01),
+        optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=0.01),
         seed=seed,
     )
-    pairs = {"pairs": RandomPairs(1, AllPairs(ties=False)), "pairs_per_batch": 16}
-    data = ScoreData(run / "data", shapes.rubric(), batch_size=16, seed=seed, **pairs)
-    trainer(options.teacher_steps, limit_val_batches=0).fit(stage, datamodule=data)
-    return model.eval()
 
 
 def best(run: Path, cell: str, options: argparse.Namespace) -> dict[str, Any]:
