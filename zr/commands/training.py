@@ -67,11 +67,12 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], callbacks: Sequence[L.Callback] = ()) -> None:
     """Run one training command.
 
     Args:
         args: ``fit``, ``validate``, ``test`` or ``predict``, and its options; ``--config zr:NAME`` reads a packaged recipe.
+        callbacks: of the trainer, beside those that the configuration names.
 
     Raises:
         FileNotFoundError: ``--ckpt_path last`` for a run that has no checkpoint; no model, shards or split where a part of the
@@ -87,9 +88,10 @@ def run(args: Sequence[str]) -> None:
         folder = Path(cli.config.run)
         checkpoint = _newest(folder) if cli.config.ckpt_path == "last" else cli.config.ckpt_path
         extra = {"return_predictions": False} if command == "predict" else {}
-        callbacks: list[L.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in callbacks):
-            callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
+        all_callbacks: list[L.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        all_callbacks += callbacks
+        if extra and not any(isinstance(c, WriteDistributions | BasePredictionWriter) for c in all_callbacks):
+            all_callbacks.append(WriteDistributions(folder / "distributions.jsonl"))  # else nothing would be written
         action = getattr(cli.trainer, command)
         action(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, **extra)
     except ValueError as error:

@@ -6,7 +6,8 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import count as count_up
+from itertools import islice, product
 from typing import Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ from zr.data.shapes.scene import (
 )
 from zr.rubric import Rubric, Scale, Wording, letters
 
-Split = Literal["base", "train", "unlabelled", "validation", "test"]
+Split = Literal["base", "train", "unlabelled", "curated", "validation", "test"]
 
 _SPLITS: Mapping[str, tuple[int, int]] = {
     "test": (0, 3000),
@@ -40,6 +41,7 @@ _SPLITS: Mapping[str, tuple[int, int]] = {
     "train": (5000, 8000),
     "base": (8000, 14000),
     "unlabelled": (14000, len(COLOURS) ** 4 * len(SHAPES) ** 4),
+    "curated": (14000, len(COLOURS) ** 4 * len(SHAPES) ** 4),
 }
 
 
@@ -51,7 +53,7 @@ def _all_prompts() -> tuple[str, ...]:
 
 
 def prompts(split: Split) -> tuple[str, ...]:
-    """All prompts of a split, in a fixed order. The splits share no prompt.
+    """All prompts of a split, in a fixed order. The splits share no prompt, but for ``curated``, which has ``unlabelled``'s.
 
     Example:
         >>> {name: len(prompts(name)) for name in ("train", "test")}
@@ -63,6 +65,9 @@ def prompts(split: Split) -> tuple[str, ...]:
 
 FOLLOWS = (0.35, 0.6, 0.85)
 """How often a candidate follows the prompt in a slot: one of these, per image."""
+
+GOOD = 3.5
+"""Least true score, in each dimension, of a picture that a curator keeps."""
 
 LESSONS_FOLLOW = (0.0, 0.3, 0.6)
 """The same for the base model's lessons: a model that could guess from the prompt would not learn to look."""
@@ -125,7 +130,10 @@ def scenes(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Iter
     for i in np.random.default_rng([seed, 3]).permutation(len(pool))[:count].tolist():
         rng = np.random.default_rng([seed, 4, _SPLITS[split][0] + i])
         follows = LESSONS_FOLLOW if split == "base" else FOLLOWS
-        yield pool[i], [imagine(pool[i], rng, follows) for _ in range(candidates)]
+        drawn = (imagine(pool[i], rng, follows) for _ in count_up())
+        if split == "curated":
+            drawn = (scene for scene in drawn if min(true_scores(scene, pool[i]).values()) >= GOOD)
+        yield pool[i], list(islice(drawn, candidates))
 
 
 def records(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Iterator[Record]:
@@ -134,7 +142,8 @@ def records(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Ite
     Args:
         split: ``train``, ``validation`` and ``test`` carry the scores of five annotators, ``unlabelled`` carries none,
             ``base`` carries the base model's lessons: what is seen (:func:`describe`) and a mistaken score (``MISTAKEN``).
-            ``train`` also carries what is seen, as a stronger model would have written it beside the scores.
+            ``train`` also carries what is seen, as a stronger model would have written it beside the scores. ``curated`` has
+            no scores, but good pictures only, for a generator to learn from.
         count: prompts.
         candidates: images per prompt.
         seed: of prompts, scenes and annotators.
@@ -156,7 +165,7 @@ def records(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Ite
         if split == "base":
             believed = {c: true_scores(scene, prompt, MISTAKEN) for c, scene in zip(ids, drawn, strict=True)}
             scores = {d: {c: {"belief": Annotation(round(2 * believed[c][d]) / 2)} for c in ids} for d in DIMENSIONS}
-        elif split != "unlabelled":
+        elif split not in ("unlabelled", "curated"):
             true = {c: true_scores(scene, prompt) for c, scene in zip(ids, drawn, strict=True)}
             scores = {d: {c: {a.name: Annotation(a.report(true[c][d], rng)) for a in team} for c in ids} for d in DIMENSIONS}
         yield Record(

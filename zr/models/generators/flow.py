@@ -53,10 +53,10 @@ class FlowSize:
     """
 
     image: int = 48
-    patch: int = 8
-    width: int = 160
+    patch: int = 16
+    width: int = 256
     layers: int = 5
-    heads: int = 5
+    heads: int = 8
     words: int = 12
 
     def __post_init__(self) -> None:
@@ -337,7 +337,7 @@ def tiny_flow(
 
     Args:
         vocabulary: gives the words of the prompts, such as :func:`zr.data.shapes.vocabulary`.
-        size: of the transformer; two million parameters for None.
+        size: of the transformer; five million parameters for None.
         steps: from noise to picture.
         guidance: see :class:`FlowGenerator`.
         seed: of the initial weights.
@@ -346,7 +346,7 @@ def tiny_flow(
         >>> from zr.data import shapes
         >>> generator = tiny_flow(shapes.vocabulary)
         >>> sum(p.numel() for p in generator.parameters()) // 10**5
-        20
+        55
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
