@@ -33,6 +33,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,7 @@ def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     before = judged(run, start, prompts, options, 1)
     for cell in options.cells:
         for rate in options.rates if cell in PATHS else [0.0]:
-            if cell in PATHS:
-                about = once(
-                    run, cell, options, rate, lambda folder, cell=cell, rate=rate: train(run, cell, rate, folder, options)
-                )
-            else:
-                about = start
+            about = once(run, cell, options, rate, partial(train, run, cell, rate, options)) if cell in PATHS else start
             count = 4 if cell == "best-of-4" else 1
             name = cell if len(options.rates) == 1 or cell not in PATHS else f"{cell}, {rate:g}"
             found["cells"][name] = about | compared(judged(run, about, prompts, options, count), before, prompts)
@@ -235,7 +231,7 @@ def judged(
     """What judge, reward and held-out scorer say of a cell's pictures, of which the reward chooses one of ``count``."""
     path = Path(about["folder"]) / f"{options.split}-{len(prompts)}-{count}.pt"
     if not path.exists():
-        home = run if about["folder"].rpartition("/")[2].startswith("start") else Path(about["folder"])
+        home = run / "generator" if Path(about["folder"]).name.startswith("start") else Path(about["folder"])
         generator = FlowGenerator.from_pretrained(home, guidance=FullGuidance(options.guidance)).eval()
         reward, held = zr.load(run / "student").eval(), zr.load(run / "supervised").eval()
         begin, drawn = time.perf_counter(), [draw(generator, prompts, number) for number in range(count)]

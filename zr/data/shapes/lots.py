@@ -6,8 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count as count_up
-from itertools import islice, product
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -66,21 +65,28 @@ def prompts(split: Split) -> tuple[str, ...]:
 FOLLOWS = (0.35, 0.6, 0.85)
 """How often a candidate follows the prompt in a slot: one of these, per image."""
 
-GOOD = 3.5
-"""Least true score, in each dimension, of a picture that a curator keeps."""
+CURATED_FOLLOW, CURATED_FLAWS = (0.85, 1.0), 0.3
+"""The same for the pictures that a curator keeps, and the share that is left of all other defects."""
 
 LESSONS_FOLLOW = (0.0, 0.3, 0.6)
 """The same for the base model's lessons: a model that could guess from the prompt would not learn to look."""
 
 
-def imagine(prompt: str, rng: np.random.Generator, follows: Sequence[float] = FOLLOWS) -> Scene:
-    """Draw the scene of one candidate: how well it follows the prompt, and which defects it has."""
-    aligned, sound = rng.choice(list(follows)), rng.choice([0.4, 0.65, 0.9])
+def imagine(prompt: str, rng: np.random.Generator, follows: Sequence[float] = FOLLOWS, flaws: float = 1.0) -> Scene:
+    """Draw the scene of one candidate: how well it follows the prompt, and which defects it has.
+
+    Args:
+        prompt: of the world.
+        rng: decides.
+        follows: how often a slot is filled as the prompt says; one of these is drawn.
+        flaws: scales how often there is each other defect.
+    """
+    aligned, sound = rng.choice(list(follows)), 1 - flaws * (1 - rng.choice([0.4, 0.65, 0.9]))
     things = [_fill(asked, aligned, sound, rng) for asked in read_prompt(prompt)]
     resolution = rng.choice(["", "", "", "blurred", "blocky"])
-    realism = {resolution} if resolution else set()
-    realism |= {name for name in ("striped", "speckled") if rng.random() < 0.4}
-    aesthetics = {name for name in SEVERITY["aesthetics"] if rng.random() < 0.35}
+    realism = {resolution} if resolution and (flaws == 1 or rng.random() < flaws) else set()
+    realism |= {name for name in ("striped", "speckled") if rng.random() < 0.4 * flaws}
+    aesthetics = {name for name in SEVERITY["aesthetics"] if rng.random() < 0.35 * flaws}
     seed = int(rng.integers(2**31))
     return Scene((things[0], things[1], things[2], things[3]), frozenset(realism), frozenset(aesthetics), seed)
 
@@ -130,10 +136,10 @@ def scenes(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Iter
     for i in np.random.default_rng([seed, 3]).permutation(len(pool))[:count].tolist():
         rng = np.random.default_rng([seed, 4, _SPLITS[split][0] + i])
         follows = LESSONS_FOLLOW if split == "base" else FOLLOWS
-        drawn = (imagine(pool[i], rng, follows) for _ in count_up())
         if split == "curated":
-            drawn = (scene for scene in drawn if min(true_scores(scene, pool[i]).values()) >= GOOD)
-        yield pool[i], list(islice(drawn, candidates))
+            yield pool[i], [imagine(pool[i], rng, CURATED_FOLLOW, CURATED_FLAWS) for _ in range(candidates)]
+        else:
+            yield pool[i], [imagine(pool[i], rng, follows) for _ in range(candidates)]
 
 
 def records(split: Split, count: int, candidates: int = 4, seed: int = 0) -> Iterator[Record]:
