@@ -50,6 +50,7 @@ from zr.data import PromptBatch, read_prompts, shapes
 from zr.metrics import bootstrap_interval, gsb
 from zr.models import RiskAverse
 from zr.models.generators import FlowGenerator, FullGuidance
+from zr.models.generators.noise import source
 
 PATHS = {
     "refl": [],
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--prompts", type=int, default=250, help="that pictures are made for")
     parser.add_argument("--looks", type=int, default=6, help="validations of a cell")
-    parser.add_argument("--set", nargs="*", default=[], dest="words", help="further options of zr fit, for all cells")
+    parser.add_argument("--set", action="append", default=[], dest="words", help="one more option of zr fit, for all cells")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -205,14 +206,9 @@ def draw(generator: FlowGenerator, prompts: PromptBatch, number: int) -> Tensor:
     pictures = []
     for start in range(0, len(prompts), 32):
         part = prompts.select(slice(start, start + 32))
-        sources = [source(key, number) for key in part.keys]
+        sources = [source(0, key, number) for key in part.keys]
         pictures.append(generator.sample(part.prompts, sources))
     return torch.cat(pictures)
-
-
-def source(key: str, number: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{key} {number}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def score(images: Tensor, prompts: Sequence[str], scorer: Any = None) -> Tensor:

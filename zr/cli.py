@@ -17,7 +17,10 @@ COMMANDS = {
     "score": "score images with a saved or a plain vision-language model",
     "label": "a model's distributions into copies of shards, for a student to learn from",
     "agreement": "a student beside its teacher on the same images: agreement, where they disagree most, cost",
+    "compare": "run a plan of experiments, and set their results side by side",
     "calibrate": "fit a model's distributions to annotators' votes, and show what that changes",
+    "draw": "pictures of a generator for the prompts of a split, the best of several where asked for",
+    "gsb": "two generators' pictures side by side: Good-Same-Bad by a judge, or blindly by people",
     "prompt": "show the exact text that a model reads for a prompt",
     "shards": "annotated images and public data sets into shards, and a look at what shards hold",
     "configs": "list the packaged recipes, or write one out",
@@ -45,10 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if args[0] in TRAINING:
-            from zr.commands.training import run
+            from zr.commands.training import run as train
+
+            train(args)
         else:
             from zr.commands import run
-        run(args)
+
+            run(args)
     except KeyboardInterrupt:
         print("zr: interrupted", file=sys.stderr)
         return 130

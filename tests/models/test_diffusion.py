@@ -240,6 +240,41 @@ def test_the_gradient_is_that_of_a_plain_loop_over_the_stock_modules(kind, gradi
     assert reached > 0.9 * len(names)
 
 
+@both
+def test_the_gradient_through_all_steps_is_that_of_finite_differences(kind):
+    """In eight directions, by Richardson from h = 1e-2: the stock modules compute some parts in float32 all the same."""
+    generator = made(kind, steps=2, guidance=FullGuidance(2.0)).to(torch.float64)
+    with torch.no_grad():
+        generator.pipeline.vae.decoder.conv_out.weight.mul_(0.1)
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    weight = torch.randn(2, 3, 16, 16, generator=source(5), dtype=torch.float64) / 16
+
+    def value(gradient_steps=0):
+        images = generator.sample(PROMPTS, source(), gradient_steps=gradient_steps)
+        assert 0 < images.min() < images.max() < 1, "a pixel that is cut off has another slope than its gradient"
+        return (images * weight).sum()
+
+    gradient = torch.autograd.grad(value(2), parameters, allow_unused=True)
+    before, drawn, products, slopes = [p.detach().clone() for p in parameters], source(9), [], []
+    for _ in range(8):
+        direction = [0.1 * torch.randn(p.shape, generator=drawn, dtype=p.dtype) for p in parameters]
+        differences = []
+        for h in (1e-2, 5e-3, 2.5e-3):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for p, b, d in zip(parameters, before, direction, strict=True):
+                        p.copy_(b + sign * h * d)
+                ends.append(float(value()))
+            differences.append((ends[0] - ends[1]) / (2 * h))
+        fourth = [(4 * differences[i + 1] - differences[i]) / 3 for i in (0, 1)]
+        slopes.append((16 * fourth[1] - fourth[0]) / 15)
+        products.append(float(sum((g * d).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)))
+    size = max(map(abs, slopes))
+    assert size > 1e-3
+    assert products == pytest.approx(slopes, rel=0, abs=1e-4 * size)
+
+
 def kept_bytes(generator):
     """Of what the graph of one step with gradient keeps, weights apart."""
     weights, kept = {p.data_ptr() for p in generator.parameters()}, {}

@@ -139,6 +139,25 @@ def test_gradcheck_of_the_transformer():
     assert torch.autograd.gradcheck(call, (latents, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("stop", [3, 2], ids=["finished", "predicted"])
+@pytest.mark.parametrize("guidance", [None, FullGuidance(2.0)], ids=["plain", "guided"])
+def test_gradcheck_of_a_whole_sample(guidance, stop):
+    """Through all steps that are run, so that the gradient is the derivative."""
+    torch.manual_seed(0)
+    size = FlowSize(image=4, patch=2, width=4, layers=1, heads=1, words=2)
+    generator = FlowGenerator(WORDS, size, 3, guidance).double()
+    parameters = list(generator.parameters())
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn_like(p))
+
+    def call(*_):
+        return generator.sample(["red ring", "blue"], source(), gradient_steps=stop, stop=stop)
+
+    assert 0 < call().min() < call().max() < 1, "a pixel that is cut off has another slope than its gradient"
+    assert torch.autograd.gradcheck(call, parameters, fast_mode=True)
+
+
 def held(generator, gradient_steps):
     """Bytes that the graph of a sample keeps."""
     kept = {}

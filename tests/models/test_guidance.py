@@ -30,6 +30,16 @@ def test_value_and_gradient_by_hand(kind, scale):
     assert velocity.a.grad.tolist() == pytest.approx([through, through])
 
 
+def test_gradcheck():
+    weight = torch.randn(2, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    latents = torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64, requires_grad=True)
+
+    def guided(weight, latents):
+        return FullGuidance(2.5)(lambda condition: (weight[condition] @ latents).tanh(), prompt=0, empty=1)
+
+    assert torch.autograd.gradcheck(guided, (weight, latents))
+
+
 def test_cost():
     for kind, backward in ((FullGuidance, 2), (DetachedGuidance, 1)):
         velocity = Counted()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from zr.data import PromptBatch, PromptData, shapes
-from zr.models import LinearHead, Minimum, RiskAverse, SoftMinimum, compose
+from zr.models import LinearHead, Minimum, RiskAverse, SamplingRule, SoftMinimum, compose, reasoning
 from zr.scores import ScoreDistribution
 from zr.stages import Alarm, LastSteps, RandomTruncation, ReFL, Reward, TextToImage
 
@@ -96,15 +96,17 @@ def test_the_update_is_the_gradient_of_the_formula(path, size):
     near(generator.parameters(), plain.parameters())
 
 
+class Picture(Affine):
+    """Makes pictures of 48 x 48 pixels."""
+
+    def decode(self, latents):
+        return super().decode(latents).float().repeat_interleave(12, -1).repeat_interleave(12, -2)
+
+
 def test_micro_batches_of_a_vision_language_model():
     """Through a real reward model: the stage in parts, and one plain graph from the noise to the loss."""
     torch.manual_seed(0)
     model = compose(build("qwen3_vl"), LinearHead).eval()
-
-    class Picture(Affine):
-        def decode(self, latents):
-            return super().decode(latents).float().repeat_interleave(12, -1).repeat_interleave(12, -2)
-
     found = [
         gradients(stage_of(Picture(), {"vlm": Reward(model, SoftMinimum(0.5))}, micro_batch=size))[0] for size in (None, 1)
     ]
@@ -433,6 +435,27 @@ def test_scorers_that_cannot_be_optimised():
     held_out = stage_of(held_out=Reward(shapes.judge, Minimum()))
     with pytest.raises(ValueError, match=r"'held_out' refuses the generator's images of 4 x 4 pixels: picture 0"):
         learn(held_out, validation=[BATCH], num_sanity_val_steps=1)
+
+
+class Strip(Affine):
+    """Makes pictures of 240 x 1 pixels."""
+
+    def decode(self, latents):
+        return super().decode(latents)[:, :, :1].float().repeat_interleave(60, -1)
+
+
+def test_students_that_cannot_be_optimised():
+    """The models that people have: one that reasons, one that cannot take the pictures, one whose answer is not a number."""
+    torch.manual_seed(0)
+    model = compose(build("qwen3_vl"), LinearHead).eval()
+    rewards = {"student": Reward(model, Minimum())}
+    unchanged(stage_of(Strip(), rewards), "'student' refuses the generator's images of 240 x 1 pixels: .* is too long")
+    with torch.no_grad():
+        next(model.head.parameters()).view(-1)[0] = torch.nan
+    unchanged(stage_of(Picture(), rewards), "'student' refuses the generator's images .* have NaN or infinite logits")
+    teacher = reasoning(model, shapes.rubric(reasoning=True), rule=SamplingRule(length=2))
+    said = r"reward 'teacher' \(ReasoningReward\) gives its images no gradient"
+    unchanged(stage_of(Picture(), {"teacher": Reward(teacher, Minimum())}), said)
 
 
 def test_a_scorer_for_which_all_images_are_alike():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zr.commands.results import write_json
 from zr.version import __version__
 
 if TYPE_CHECKING:
@@ -79,15 +80,8 @@ def _run(console: Console, parts: list[tuple[str, Path, Callable[[], None]]], se
         begin = time.perf_counter()
         action()
         took[what.split(":")[0].split(" (")[0]] = round(time.perf_counter() - begin, 1)
-        _write_json(seconds, took)
+        write_json(seconds, took)
     return took
-
-
-def _write_json(path: Path, data: Any) -> None:
-    """Whole or not at all: that a file is there means that its part is done."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -174,7 +168,7 @@ def _measure(folder: Path, seed: int) -> None:
         "supervised - zero-shot": compare(*pair, scores, known, held_out.records, shapes.DIMENSIONS),
     }
     save_file({name: q.probs.contiguous() for name, q in found.items()}, folder / "distributions.safetensors")
-    _write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
 
 
 def _true_scores(seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What ``zr score`` writes: a journal of JSON lines that a rerun goes on with, and the tables made of it."""
+"""What commands write: a journal of JSON lines that a rerun goes on with, the tables made of it, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zr.data.record import parse_json
 from zr.data.shards import atomic
 from zr.report.text import cell
 
-__all__ = ["Journal", "best_of_prompt", "digest", "entries", "write_lines", "write_table"]
+__all__ = ["Journal", "best_of_prompt", "digest", "entries", "write_json", "write_lines", "write_table"]
 
 FIRST = '{"key": '
 """How a line of a journal begins."""
@@ -104,6 +104,13 @@ def best_of_prompt(path: Path, count: int, value: Callable[[Mapping[str, Any]], 
             for rank, (negative, place) in enumerate(rows, start=1):
                 file.seek(place)
                 yield {**json.loads(file.readline()), "rank": rank, "overall": round(-negative, 6)}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: that a file is there means that its part is done."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.replace(path)
 
 
 def write_lines(lines: Iterable[Mapping[str, Any]], file: TextIO) -> None:

@@ -3,6 +3,7 @@
 from zr.report.cards import Card, Judgement, cards
 from zr.report.figures import Figure, Panel, curves, histograms, hpa_bars, reliability_panels, scatter
 from zr.report.page import Page, Section, render, write_page
+from zr.report.pairs import Pair, inline, render_pairs
 from zr.report.tables import Estimate, Table, dimension_table, scorer_table
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Figure",
     "Judgement",
     "Page",
+    "Pair",
     "Panel",
     "Section",
     "Table",
@@ -19,8 +21,10 @@ __all__ = [
     "dimension_table",
     "histograms",
     "hpa_bars",
+    "inline",
     "reliability_panels",
     "render",
+    "render_pairs",
     "scatter",
     "scorer_table",
     "write_page",

@@ -66,7 +66,7 @@ def render(page: Page) -> str:
         >>> "<script>" in render(Page("<script>alert(1)</script>", ["a finding"], []))
         False
     """
-    return _template().render(page=page)
+    return template("page.html").render(page=page)
 
 
 def write_page(path: str | Path, page: Page) -> Path:
@@ -95,7 +95,8 @@ def write_page(path: str | Path, page: Page) -> Path:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this room, which escapes whatever it prints."""
     environment = Environment(
         loader=PackageLoader("zr", "report"),
         autoescape=True,
@@ -104,7 +105,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _harmless(value: Any) -> Any:

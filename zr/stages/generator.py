@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from zr.losses import flow_matching_loss, on_the_way
 from zr.models import RewardModel, Scorer
 from zr.models.generators import FlowGenerator
 from zr.models.generators.flow import RUN_GENERATOR
+from zr.models.generators.noise import source
 from zr.stages.training import TrainingStage
 
 __all__ = ["FlowMatching", "KeepGenerator"]
@@ -81,7 +81,7 @@ class FlowMatching(TrainingStage):
 
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of a batch's images."""
-        loss = self._losses(batch, self._source("train", int(self.batches), batch.keys[0]), self.drop_prompts).mean()
+        loss = self._losses(batch, source(self.seed, "train", int(self.batches), batch.keys[0]), self.drop_prompts).mean()
         if not bool(loss.isfinite()):
             raise ValueError(f"the loss of the batch of {batch.keys[0]} is {loss.item()}: lower the learning rate, or clip")
         self.batches += 1
@@ -90,12 +90,12 @@ class FlowMatching(TrainingStage):
 
     def validation_step(self, batch: Batch) -> None:
         """The loss of a batch's images, and scores of pictures for its prompts."""
-        source = self._source("validation", batch.keys[0])
-        self._log("loss", self._losses(batch, source, 0.0))
+        chance = source(self.seed, "validation", batch.keys[0])
+        self._log("loss", self._losses(batch, chance, 0.0))
         (scorer,) = self._beside
         if scorer is not None:
             prompts = list(dict(zip(batch.prompt_index.tolist(), batch.prompts, strict=True)).values())
-            scores = scorer(images=self.generator.sample(prompts, source), prompts=prompts).mean
+            scores = scorer(images=self.generator.sample(prompts, chance), prompts=prompts).mean
             for name, column in zip(scorer.rubric.dimensions, scores.unbind(-1), strict=True):
                 self._log(f"score/{name}", column)
 
@@ -107,22 +107,18 @@ class FlowMatching(TrainingStage):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _losses(self, batch: Batch, source: torch.Generator, drop: float) -> Tensor:
+    def _losses(self, batch: Batch, chance: torch.Generator, drop: float) -> Tensor:
         """``(N,)``, of a batch's N images."""
         clean = self.generator.encode(batch.images)
-        noise = self.generator.noise(len(clean), source)
-        time = torch.randn(len(clean), generator=source).mul(self.spread).add(self.location).sigmoid().to(clean)
-        kept = (torch.rand(len(clean), 1, generator=source) >= drop).to(clean.device)
+        noise = self.generator.noise(len(clean), chance)
+        time = torch.randn(len(clean), generator=chance).mul(self.spread).add(self.location).sigmoid().to(clean)
+        kept = (torch.rand(len(clean), 1, generator=chance) >= drop).to(clean.device)
         words = self.generator.condition(batch.prompts) * kept
         velocity = self.generator.transformer(on_the_way(noise, clean, time), time, words)
         return flow_matching_loss(velocity, noise, clean)
 
     def _log(self, name: str, values: Tensor) -> None:
         self.log(f"val/{name}", values.mean(), batch_size=len(values), sync_dist=True)
-
-    def _source(self, *what: str | int) -> torch.Generator:
-        text = repr((self.seed, *what))
-        return torch.Generator().manual_seed(int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big"))
 
 
 class KeepGenerator(L.Callback):

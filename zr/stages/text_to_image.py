@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from hashlib import blake2b
 from typing import Any, Self
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import AdamW
 
 from zr.data.prompts import PromptBatch
 from zr.models.generators.base import Generator
+from zr.models.generators.noise import source
 from zr.scores import ScoreDistribution
 from zr.stages.gradient_paths import GradientPath
 from zr.stages.reward import Reward
@@ -158,8 +158,8 @@ class TextToImage(TrainingStage):
     def training_step(self, batch: PromptBatch) -> None:
         """One update of the generator."""
         done = int(self.batches)
-        drawn = self.path.draw(self.generator.steps, self._source(done))
-        sources = [self._source(done, key, number) for key, number in _numbered(batch.keys)]
+        drawn = self.path.draw(self.generator.steps, source(self.seed, done))
+        sources = [source(self.seed, done, key, number) for key, number in _numbered(batch.keys)]
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()  # of a step that was broken off
         parts = self._parts(len(batch.prompts))
@@ -309,7 +309,7 @@ class TextToImage(TrainingStage):
             def watch(latents: Tensor, velocity: Tensor, step: int, conditions: Any, far: list[Tensor] = far) -> None:
                 far.append(self.start.distance(latents, velocity, step, conditions))
 
-            sources = [self._source("validation", *key) for key in keys[part]]
+            sources = [source(self.seed, "validation", *key) for key in keys[part]]
             watched = None if start is None else watch
             images = self.generator.sample(prompts[part], sources, gradient_steps=self.generator.steps, watch=watched)
             images = _wide(images)
@@ -337,11 +337,6 @@ class TextToImage(TrainingStage):
         """Of the rows of all processes."""
         sums = self.mean_over_processes(torch.cat([table.sum(0), table.new_tensor([len(table)])]))
         return sums[:-1] / sums[-1]
-
-    def _source(self, *what: Any) -> torch.Generator:
-        """A source of randomness that depends on the seed and on what it is for, and on nothing else."""
-        text = repr((self.seed, *what))
-        return torch.Generator().manual_seed(int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big"))
 
     def _parts(self, count: int) -> list[slice]:
         size = self.micro_batch or count

@@ -11,6 +11,8 @@ from zr._lazy import lazy
 
 if TYPE_CHECKING:
     from zr.models.generators.base import Generator as Generator
+    from zr.models.generators.best_of import Best as Best
+    from zr.models.generators.best_of import BestOf as BestOf
     from zr.models.generators.diffusion import DiffusionGenerator as DiffusionGenerator
     from zr.models.generators.diffusion import StableDiffusion3Generator as StableDiffusion3Generator
     from zr.models.generators.diffusion import ZImageGenerator as ZImageGenerator
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from zr.models.generators.guidance import Guidance as Guidance
 
 _HOME = {
+    "Best": "best_of",
+    "BestOf": "best_of",
     "DetachedGuidance": "guidance",
     "DiffusionGenerator": "diffusion",
     "FlowGenerator": "flow",

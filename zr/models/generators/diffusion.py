@@ -323,6 +323,36 @@ class ZImageGenerator(DiffusionGenerator):
     """Z-Image. Its pipeline's ``guidance_scale`` is that of :class:`~zr.models.generators.Guidance` minus 1.
 
     Reference: Z-Image (arXiv 2511.22699).
+
+    Example:
+        A released one is ``ZImageGenerator.from_pretrained("Tongyi-MAI/Z-Image")``; this one has its classes, and random
+        weights.
+
+        >>> import diffusers, transformers
+        >>> from zr.data import shapes
+        >>> from zr.models.backbones.tiny import word_tokenizer
+        >>> tokenizer = word_tokenizer(shapes.rubric(), shapes.vocabulary())
+        >>> tokenizer.chat_template = "{{ messages[0].content }}"
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> text = transformers.Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=8, **sizes)
+        >>> sizes = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
+        >>> transformer = diffusers.ZImageTransformer2DModel(in_channels=4, axes_dims=[4, 6, 6], axes_lens=[99, 8, 8], **sizes)
+        >>> generator = ZImageGenerator(
+        ...     diffusers.ZImagePipeline(
+        ...         diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        ...         diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, shift_factor=0.0),
+        ...         transformers.Qwen3Model(text),
+        ...         tokenizer,
+        ...         transformer,
+        ...     ),
+        ...     steps=4,
+        ...     side=8,
+        ... )
+        >>> [round(share, 3) for share in generator.sigmas]                        # of noise: 6 s / (1 + 5 s), s = 1, 3/4, ...
+        [1.0, 0.947, 0.857, 0.667, 0.0]
+        >>> images = generator.sample(["red ring", "blue square"], torch.Generator().manual_seed(0), gradient_steps=1)
+        >>> images.shape, images.requires_grad
+        (torch.Size([2, 3, 8, 8]), True)
     """
 
     pipeline_class = ZImagePipeline
@@ -364,6 +394,41 @@ class StableDiffusion3Generator(DiffusionGenerator):
     """Stable Diffusion 3 and 3.5. Without T5 (``text_encoder_3=None``) it reads what its two CLIP encoders read.
 
     Reference: Esser et al. (arXiv 2403.03206).
+
+    Example:
+        A released one is ``StableDiffusion3Generator.from_pretrained("stabilityai/stable-diffusion-3.5-medium")``; this one has
+        its classes and random weights.
+
+        >>> import diffusers, transformers
+        >>> from zr.data import shapes
+        >>> from zr.models.backbones.tiny import word_tokenizer
+        >>> tokenizer = word_tokenizer(shapes.rubric(), shapes.vocabulary())
+        >>> tokenizer.model_max_length = 16
+        >>> sizes = {"hidden_size": 8, "projection_dim": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+        >>> text = transformers.CLIPTextConfig(
+        ...     vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, eos_token_id=1, **sizes
+        ... )
+        >>> transformer = diffusers.SD3Transformer2DModel(
+        ...     sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        ...     joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+        ... )
+        >>> generator = StableDiffusion3Generator(
+        ...     diffusers.StableDiffusion3Pipeline(
+        ...         transformer,
+        ...         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        ...         diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, shift_factor=0.0),
+        ...         text_encoder=transformers.CLIPTextModelWithProjection(text),
+        ...         tokenizer=tokenizer,
+        ...         text_encoder_2=transformers.CLIPTextModelWithProjection(text),
+        ...         tokenizer_2=tokenizer,
+        ...         text_encoder_3=None,
+        ...         tokenizer_3=None,
+        ...     ),
+        ...     steps=3,
+        ... )
+        >>> images = generator.sample(["red ring", "blue square"], torch.Generator().manual_seed(0), gradient_steps=1)
+        >>> images.shape, images.requires_grad
+        (torch.Size([2, 3, 8, 8]), True)
     """
 
     pipeline_class = StableDiffusion3Pipeline

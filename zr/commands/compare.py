@@ -1,0 +1,85 @@
+"""``zr compare``: a plan of experiments, run cell by cell and told in one report; interrupted, it goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["compare"]
+
+
+def compare(
+    plan: str,
+    out: Path | None = None,
+    quick: bool = False,
+    parallel: int = 2,
+    only: list[str] | None = None,
+    again: list[str] | None = None,
+) -> None:
+    """Run a plan of experiments and compare its cells on one held-out split, with paired intervals and every seed singly.
+
+    PLAN is zr:main, zr:search, zr:ablations, zr:curves, zr:sizes, or a YAML file of your own. A loss of yours beside all the
+    methods of the paper is a file of a few lines, next to the module that has the loss:
+
+      like: zr:main
+      cells:
+        mine: {like: sft, options: {model.terms.score.loss: my_losses.Mine}}
+
+    OUT gets results.json, results.md, report.html and a folder for each cell and seed, with its log, model and distributions.
+    Run the same command again after an interruption of any kind: what is done stays. A cell whose settings have changed is
+    run again, with all that follows from it. Each cell is a process with one thread, so that neither --parallel nor what else
+    runs changes a number. The split that is measured on lies apart from the others and is read once for each cell and seed.
+
+    A plan is code, as recipes are: it names classes to import.
+
+    Args:
+        plan: of the cells.
+        out: its folder; zr-compare/PLAN without it.
+        quick: run the plan's short form.
+        parallel: processes at a time.
+        only: run these cells, and what they need; all of the plan without it.
+        again: run these cells again, and all that follows from them.
+
+    Raises:
+        FileNotFoundError: no such plan or recipe.
+        ValueError: a plan that cannot run, a cell that failed, another run in OUT.
+    """
+    from rich.console import Console
+
+    from zr.commands.comparing.jobs import Runner, held
+    from zr.commands.comparing.page import leads, markdown, page, tables
+    from zr.commands.comparing.plan import Plan
+    from zr.commands.comparing.results import gather
+    from zr.commands.results import write_json
+    from zr.report import write_page
+    from zr.report.text import plain
+
+    if parallel < 1:
+        raise ValueError(f"parallel must be at least 1, got {parallel}")
+    found = Plan.load(plan, quick)
+    wanted = list(only or found.cells)
+    found.needed([*wanted, *(again or ())])
+    home = Path("zr-compare") / found.name if out is None else out
+    console = Console()
+    with held(home) as lock:
+        runner = Runner(found, home, lock, console)
+        runner.forget(again or ())
+        failed = None
+        try:
+            runner.run(wanted, parallel)
+        except ValueError as error:  # what is done is told all the same
+            failed = error
+        results = gather(found, runner)
+        if results["cells"]:
+            write_json(home / "results.json", results)
+            (home / "results.md").write_text(markdown(found, results), encoding="utf-8")
+            write_page(home / "report.html", page(found, results))
+    if failed is not None:
+        raise failed
+    for line in leads(results):
+        console.print(plain(line), markup=False, highlight=False)
+    if results["cells"]:
+        for table in [table for group in tables(found, results).values() for table in group][:2]:
+            console.print(table.terminal())
+        console.print(
+            plain(f"all tables: {home / 'report.html'}, {home / 'results.md'}, {home / 'results.json'}"), markup=False
+        )
