@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from zr.models import SamplingRule, ScoreTokenHead, compose, reasoning, tiny_qwen3_vl
 
     folder = tmp_path_factory.mktemp("world")
-    for split in ("base", "train", "unlabelled", "validation", "test"):
+    for split in ("base", "train", "unlabelled", "curated", "validation", "test"):
         records = map(labelled if split == "train" else copy, shapes.records(split, 3, candidates=2))
         write_shards(records, folder / "data", RUBRIC.scale, split=split)
     for seed, name in enumerate(("start", "teacher")):
@@ -184,7 +184,7 @@ def test_text_to_image_runs_and_what_it_leaves_reloads(world: Path, tmp_path: Pa
     generator = FlowGenerator.from_pretrained(tmp_path / "run")
     (file,) = tmp_path.rglob("*.ckpt")
     made = TextToImage.load_from_checkpoint(file, weights_only=True)
-    assert (made.path.most, made.rewards["student"].ceiling, made.velocity_distance) == (3, 5.0, 1.0)
+    assert (made.path.most, made.rewards["student"].ceiling, made.velocity_distance) == (3, 5.0, 100.0)
     found = [g.sample(shapes.prompts("test")[:1], torch.Generator().manual_seed(0)) for g in (generator, made.generator, start)]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

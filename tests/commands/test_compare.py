@@ -60,7 +60,7 @@ def written(home: Path, name: str = "plan", **entries) -> str:
             "mine": {"like": "sft", "options": {"model.terms.score.loss": "my_losses.Mine"}},
         },
     }
-    (home / f"{name}.yaml").write_text(yaml.safe_dump(plan | entries))
+    (home / f"{name}.yaml").write_text(yaml.safe_dump(plan | entries, sort_keys=False))
     return str(home / f"{name}.yaml")
 
 

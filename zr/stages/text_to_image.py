@@ -52,7 +52,8 @@ class TextToImage(TrainingStage):
         path: which steps carry gradient, for example :class:`zr.stages.LastSteps`.
         held_out: what the gap is measured by; its weight and ceiling do not matter.
         velocity_distance: w, for the mean square of the difference of velocities at the steps that carry gradient, a mean over
-            these. Each costs one more pass without gradient. 0 for none.
+            these. Each costs one more pass without gradient. 0 for none. Its unit is that of the latents: try 1, 10, 100, and
+            take what a judge that is not optimised prefers.
         micro_batch: images that are made at a time; None for all of a batch.
         gradient_clip: largest norm of the gradient; None for any.
         images: per prompt of validation; diversity wants two.
