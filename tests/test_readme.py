@@ -182,6 +182,28 @@ def test_student(home, capsys) -> None:
     assert "NLL" in capsys.readouterr().out
 
 
+@few_batches
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning")
+def test_generator(home, capsys) -> None:
+    model = compose(tiny_qwen3_vl(shapes.rubric(), shapes.vocabulary), ScoreTokenHead)
+    for name in ("student", "supervised"):
+        model.save_pretrained(f"zr-demo/{name}")
+    for split in ("train", "curated", "validation", "test"):
+        write_shards(shapes.records(split, count=2, candidates=1), "zr-demo/data", shapes.rubric().scale, split)
+    for recipe in ("zr:generator", "zr:text_to_image_small"):
+        (line,) = commands("fit", "--config", recipe)
+        short = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.check_val_every_n_epoch=null"]
+        assert main([*line, *short]) == 0, shlex.join(line)
+    (new,) = commands("draw", "zr-demo/text_to_image")
+    (best,) = commands("draw", "zr-demo/generator")
+    old = best[: best.index("--output")] + ["--output", "old"]
+    for line in (new, old, best):
+        assert main(line) == 0, shlex.join(line)
+    run("gsb")
+    assert (home / "compared" / "pairs.html").is_file()
+    assert "GSB" in capsys.readouterr().out
+
+
 def test_commands_named_in_the_readme_exist() -> None:
     assert {line[0] for line in LINES} <= {*COMMANDS, *TRAINING, "--version"}
     assert set(re.findall(r"--config (zr:\w+)", README)) <= set(_names())
