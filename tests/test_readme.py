@@ -196,7 +196,7 @@ def test_generator(home, capsys) -> None:
         assert main([*line, *short]) == 0, shlex.join(line)
     (new,) = commands("draw", "zr-demo/text_to_image")
     (best,) = commands("draw", "zr-demo/generator")
-    old = best[: best.index("--output")] + ["--output", "old"]
+    old = [*best[: best.index("--output")], "--output", "old"]
     for line in (new, old, best):
         assert main(line) == 0, shlex.join(line)
     run("gsb")

@@ -45,6 +45,24 @@ def test_splits_are_disjoint_and_together_everything() -> None:
     assert len(every) == len(set(every)) == 12**4
 
 
+def test_curated_pictures_have_three_tenths_of_the_flaws() -> None:
+    drawn = [(prompt, scene) for prompt, scenes in shapes.scenes("curated", 300) for scene in scenes]
+    assert {prompt for prompt, _ in drawn} <= set(shapes.prompts("unlabelled"))
+    assert not any(record.scores or record.texts for record in shapes.records("curated", 2))
+
+    def share(found, expected, count):  # within four standard deviations
+        assert abs(found / count - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+    for name, often in {"striped": 0.4, "speckled": 0.4, "blurred": 0.2, "blocky": 0.2}.items():
+        share(sum(name in scene.realism for _, scene in drawn), 0.3 * often, len(drawn))
+    for name in ("framed", "tilted", "cluttered", "clashing"):
+        share(sum(name in scene.aesthetics for _, scene in drawn), 0.3 * 0.35, len(drawn))
+    things = [thing for _, scene in drawn for thing in scene.things if thing is not None]
+    share(sum(thing.state != "grounded" for thing in things), 0.3 * 0.35, len(things))
+    wrong = sum(len(shapes.defects(scene, prompt)["alignment"]) for prompt, scene in drawn)
+    share(wrong, 0.075, 4 * len(drawn))  # follows in .85 or all of the slots
+
+
 def test_a_seed_decides_everything() -> None:
     first, again = (list(shapes.records("train", 3, candidates=2, seed=5)) for _ in range(2))
     other = list(shapes.records("train", 3, candidates=2, seed=6))
