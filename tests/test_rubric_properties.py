@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from zr.rubric import Rubric, Scale, letters
@@ -32,7 +32,10 @@ def plain_rubrics(draw):
 
 
 @quick
-@given(plain_rubrics())
+@example(
+    data={"scale": {"bins": [0.0, 1.0], "anchors": {"_": {0.0: "\x85"}}}, "wording": {"system": "", "instructions": {"_": ""}}}
+)
+@given(data=plain_rubrics())
 def test_plain_data_yaml_and_pickle_round_trip(tmp_path_factory, data):
     rubric = Rubric.from_dict(data)
     assert rubric.dimensions == tuple(data["scale"]["anchors"])

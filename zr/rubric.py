@@ -220,7 +220,10 @@ class Rubric:
 
     def save(self, path: str | Path) -> None:
         """Write the rubric as YAML, so that :meth:`load` gives an equal one."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        data = self.to_dict()
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+        if yaml.safe_load(text) != data:  # PyYAML writes U+0085 as it is, and reads it as the break of a folded line
+            text = yaml.safe_dump(data, sort_keys=False, width=120)
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod

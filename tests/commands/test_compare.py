@@ -54,7 +54,8 @@ def written(home: Path, name: str = "plan", **entries) -> str:
     plan = {
         "seeds": [0],
         "data": dict.fromkeys(("train", "validation", "test"), size) | {"test": {"prompts": 6, "candidates": 2}},
-        "options": {"trainer.max_epochs": 1, "trainer.accelerator": "cpu", "trainer.enable_checkpointing": False},
+        "options": {"trainer.max_epochs": 1, "trainer.accelerator": "cpu", "trainer.enable_checkpointing": False}
+        | {"trainer.log_every_n_steps": 1},
         "cells": {
             "sft": {"fit": ["zr:supervised", "zr:sft"], "model": str(home / "start"), "measure": {}},
             "mine": {"like": "sft", "options": {"model.terms.score.loss": "my_losses.Mine"}},
