@@ -11,15 +11,17 @@ that are is measured first, in turn, in the same process:
 
     start        the generator as it is
     best-of-4    of four pictures of it for each prompt the one of the largest reward, which takes four times as long
-    refl         the recipe: the clean image that one drawn step predicts
-    last-1, last-4, truncation-4, last-10      the last K steps; a drawn number of the last ones
-    free         refl without any guard: no distance to the start, no ceiling, no clip, no warm-up, ten times the rate
-    lora         refl on adapters of rank 8
+    last-4       the recipe: gradients through the last four steps
+    last-1, last-10, truncation-4      the last K steps; a drawn number of the last ones
+    refl         the clean image that one drawn step predicts
+    free         without any guard: no distance to the start, no ceiling, no clip, no warm-up, ten times the rate
+    lora         the recipe on adapters of rank 8
 
 Measured on the split's prompts, a picture for each from the same noise: the judge's mean score of each dimension, its
 difference from the start with a paired bootstrap over prompts, Good-Same-Bad (band half a bin) with its interval, and what the
 reward and the held-out scorer say. Curves: the judge on some validation prompts whenever the stage validates. Printed as a
-table, written to RUN/improved.json; what is done is kept in RUN/improved, an interrupted run goes on.
+table, written to RUN/improved.json and RUN/improved.html; what is done is kept in RUN/improved, an interrupted run goes on.
+Runs train and draw without guidance, or with --guidance, in both.
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ import lightning as L
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import zr
@@ -51,12 +52,13 @@ from zr.metrics import bootstrap_interval, gsb
 from zr.models import RiskAverse
 from zr.models.generators import FlowGenerator, FullGuidance
 from zr.models.generators.noise import source
+from zr.report import Estimate, Page, Section, Table, curves, write_page
 
 PATHS = {
-    "refl": [],
-    "last-1": ["--model.path=zr.stages.LastSteps", "--model.path.count=1"],
-    "last-4": ["--model.path=zr.stages.LastSteps", "--model.path.count=4"],
-    "last-10": ["--model.path=zr.stages.LastSteps", "--model.path.count=10"],
+    "refl": ["--model.path=zr.stages.ReFL", "--model.path.earliest=3", "--model.path.latest=10"],
+    "last-1": ["--model.path.count=1"],
+    "last-4": [],
+    "last-10": ["--model.path.count=10"],
     "truncation-4": ["--model.path=zr.stages.RandomTruncation", "--model.path.most=4"],
     "free": [
         "--model.velocity_distance=0",
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--seconds", type=float, default=120.0, help="of training, in each cell")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="of learning; a row each")
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.0, help="of training and drawing; 1 for none")
     parser.add_argument("--prompts", type=int, default=250, help="that pictures are made for")
     parser.add_argument("--looks", type=int, default=6, help="validations of a cell")
     parser.add_argument("--set", action="append", default=[], dest="words", help="one more option of zr fit, for all cells")
@@ -99,7 +101,8 @@ def main() -> None:
     for run in options.runs:
         found = measure(run, options)
         (run / "improved.json").write_text(json.dumps(found, indent=2) + "\n")
-        console.print(table(found))
+        write_page(run / "improved.html", report(found))
+        console.print(table(found).terminal())
 
 
 def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -142,8 +145,9 @@ def train(run: Path, cell: str, rate: float, options: argparse.Namespace, folder
     words = ["fit", "--config", "zr:text_to_image_small", "--start", str(run / "generator"), "--folder", str(run / "data")]
     words += ["--seed_everything", str(seed_of(run)), f"--model.seed={seed_of(run)}", "--trainer.accelerator=cpu"]
     words += ["--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    words += ["--model.generator.guidance=zr.models.generators.FullGuidance"]
-    words += [f"--model.generator.guidance.scale={options.guidance}"]
+    if options.guidance != 1:
+        words += ["--model.generator.guidance=zr.models.generators.FullGuidance"]
+        words += [f"--model.generator.guidance.scale={options.guidance}"]
     words += [f"--model.rewards.student.scorer.source={run / 'student'}"]
     words += [f"--model.held_out.scorer.source={run / 'supervised'}", f"--model.optimizer.lr={rate}"]
     words += PATHS[cell] + options.words
@@ -156,7 +160,7 @@ def train(run: Path, cell: str, rate: float, options: argparse.Namespace, folder
     fit(words, callbacks=[look])
     shutil.rmtree(folder / "timing")
     about = {"step": round(clock.seconds, 4), "steps": steps, "took": round(time.perf_counter() - begin, 1)}
-    return about | {"rate": rate, "curve": look.seen, "logged": logged(folder), "stopped": look.steps < steps}
+    return about | {"rate": rate, "curve": look.seen, "logged": logged(folder), "stopped": look.stopped}
 
 
 class Clock(L.Callback):
@@ -181,14 +185,17 @@ class Look(L.Callback):
     def __init__(self, run: Path, count: int = 48) -> None:
         self.prompts = read_prompts(run / "data" / "validation").select(slice(0, count))
         self.seen: list[dict[str, Any]] = []
-        self.steps = 0
+        self.stopped = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Draw and judge."""
-        self.steps = trainer.global_step
         images = draw(pl_module.generator, self.prompts, 0)
         means = score(images, self.prompts.prompts)
         self.seen.append({"step": trainer.global_step, **dict(zip(shapes.DIMENSIONS, means.mean(0).tolist(), strict=True))})
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Whether the alarm ended it."""
+        self.stopped = trainer.global_step < trainer.max_steps
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -228,7 +235,8 @@ def judged(
     path = Path(about["folder"]) / f"{options.split}-{len(prompts)}-{count}.pt"
     if not path.exists():
         home = run / "generator" if Path(about["folder"]).name.startswith("start") else Path(about["folder"])
-        generator = FlowGenerator.from_pretrained(home, guidance=FullGuidance(options.guidance)).eval()
+        guidance = None if options.guidance == 1 else FullGuidance(options.guidance)
+        generator = FlowGenerator.from_pretrained(home, guidance=guidance).eval()
         reward, held = zr.load(run / "student").eval(), zr.load(run / "supervised").eval()
         begin, drawn = time.perf_counter(), [draw(generator, prompts, number) for number in range(count)]
         with torch.no_grad():
@@ -265,19 +273,47 @@ def seed_of(run: Path) -> int:
 
 
 def table(found: dict[str, Any]) -> Table:
-    out = Table(title=f"seed {found['seed']}, split {found['options']['split']}, {found['machine']}")
-    for name in ("cell", "steps", "s", "ms", *shapes.DIMENSIONS, "mean, gain", "GSB", "student", "held out", "gap", "stopped"):
-        out.add_column(name)
+    heads = ["cell", "steps", "s", "ms", *shapes.DIMENSIONS, "mean", "gain", "GSB", "reward", "held out", "gap", "stopped"]
+    rows: list[list[str | Estimate]] = []
     for cell, about in found["cells"].items():
         judge = about["judge"]
         each = ["{:.2f} ({:+.2f})".format(judge[d]["mean"], judge[d]["gain"]["estimate"]) for d in shapes.DIMENSIONS]
-        gain = "{:.3f}, {estimate:+.3f} [{low:+.3f}, {high:+.3f}]".format(judge["mean"]["mean"], **judge["mean"]["gain"])
-        win = "{estimate:+.2f} [{low:+.2f}, {high:+.2f}]".format(**judge["mean"]["gsb"])
+        told = [f"{judge['mean']['mean']:.3f}", *(Estimate.of(judge["mean"][key], signed=True) for key in ("gain", "gsb"))]
         both = ["{:+.2f}".format(about[who]["mean"]["gain"]["estimate"]) for who in ("student", "held")]
         gap = f"{about['logged'][-1]['val/gap']:.2f}" if about.get("logged") else ""
         took = [str(about.get("steps", "")), str(about.get("took", "")), f"{about['ms']:.0f}"]
-        out.add_row(cell, *took, *each, gain, win, *both, gap, "alarm" if about.get("stopped") else "")
-    return out
+        rows.append([cell, *took, *each, *told, *both, gap, "alarm" if about.get("stopped") else ""])
+    return Table(f"seed {found['seed']}, split {found['options']['split']}, {found['machine']}", heads, rows)
+
+
+def report(found: dict[str, Any]) -> Page:
+    """What happened, and curves of each training."""
+    trained = {cell: about for cell, about in found["cells"].items() if about.get("logged")}
+    lead, sections = [], [Section("Cells", tables=[table(found)])]
+    for cell, about in trained.items():
+        gain = Estimate.of(about["judge"]["mean"]["gain"], signed=True)
+        how = f"stopped by the alarm at step {about['logged'][-1]['step']:.0f}" if about["stopped"] else "ran to its end"
+        lead.append(f"{cell} {how}: the judge's mean score changed by {gain}.")
+        sides = {"reward": "val/student", "held out": "val/held_out"}
+        judged = {d: [(row["step"], row[d]) for row in about["curve"]] for d in shapes.DIMENSIONS}
+        scored = {
+            f"{name}: {d}": [(row["step"], row[f"{key}/{d}"]) for row in about["logged"]]
+            for name, key in sides.items()
+            for d in shapes.DIMENSIONS
+        }
+        gains = {
+            name: [(row["step"], row[key.replace("val/", "val/gain/")]) for row in about["logged"]]
+            for name, key in sides.items()
+        }
+        gains["gap"] = [(row["step"], row["val/gap"]) for row in about["logged"]]
+        panels = {
+            "the judge's mean scores": judged,
+            "scores of the reward and of what is held out": scored,
+            "gains, in deviations": gains,
+        }
+        sections.append(Section(cell, figures=[curves(panels)]))
+    facts = [(name, str(value)) for name, value in found["options"].items()]
+    return Page(f"A generator improved by rewards, seed {found['seed']}", lead, sections, facts)
 
 
 if __name__ == "__main__":

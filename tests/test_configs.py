@@ -184,7 +184,7 @@ def test_text_to_image_runs_and_what_it_leaves_reloads(world: Path, tmp_path: Pa
     generator = FlowGenerator.from_pretrained(tmp_path / "run")
     (file,) = tmp_path.rglob("*.ckpt")
     made = TextToImage.load_from_checkpoint(file, weights_only=True)
-    assert (made.path.most, made.rewards["student"].ceiling, made.velocity_distance) == (3, 5.0, 100.0)
+    assert (made.path.most, made.rewards["student"].ceiling, made.velocity_distance) == (3, 5.0, 10.0)
     found = [g.sample(shapes.prompts("test")[:1], torch.Generator().manual_seed(0)) for g in (generator, made.generator, start)]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -414,6 +414,27 @@ def test_the_big_generator_at_its_size_on_the_meta_device(world: Path, tmp_path:
     assert generator.transformer.gradient_checkpointing
     assert generator.pipeline.vae.decoder.gradient_checkpointing
     assert generator.state_dict().keys() == {name for name, p in generator.named_parameters() if p.requires_grad}
+
+
+def test_the_held_out_scorer_of_a_large_generator_is_a_recipe_too(tmp_path: Path) -> None:
+    """The command that zr:text_to_image names, with a small CLIP in the place of the released one."""
+    from zr.models import OrdinalHead, compose, tiny_clip
+
+    rubric = zr.Rubric.load("zr:direct")
+    compose(tiny_clip(rubric, shapes.vocabulary), OrdinalHead).save_pretrained(tmp_path / "small")
+    for split in ("train", "validation"):
+        write_shards(shapes.records(split, 2, candidates=2), tmp_path / "data", rubric.scale, split=split)
+    text = packaged("zr:text_to_image").read_text()
+    (found,) = re.findall(r"#   zr (fit --config zr:clip .*\n(?:#       .*\n)*)", text)
+    places = {
+        "zr-data": str(tmp_path / "data"),
+        "zr-runs/held_out": str(tmp_path / "run"),
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": str(tmp_path / "small" / "backbone"),
+    }
+    words = [places.get(word, word) for word in re.sub(r"\\\n#", " ", found).split()]
+    assert set(places.values()) <= set(words)
+    run([*words, "--trainer.max_steps=1", "--trainer.accelerator=cpu", *QUIET])
+    assert zr.load(tmp_path / "run").rubric.scale_id == rubric.scale_id
 
 
 def test_shell_overrides_reach_what_a_recipe_interpolates(world: Path, tmp_path: Path) -> None:
