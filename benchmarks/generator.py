@@ -64,8 +64,8 @@ PATHS = {
         "--model.velocity_distance=0",
         "--model.gradient_clip=null",
         "--model.warmup=0",
-        "--model.rewards.student.ceiling=null",
-        "--model.rewards.student.aggregation=zr.models.WeightedSum",
+        "--model.rewards.student.ceiling=100",
+        "--model.rewards.student.aggregation.deviations=0",
     ],
     "lora": [
         "--model.generator.lora=peft.LoraConfig",
@@ -294,23 +294,15 @@ def report(found: dict[str, Any]) -> Page:
         gain = Estimate.of(about["judge"]["mean"]["gain"], signed=True)
         how = f"stopped by the alarm at step {about['logged'][-1]['step']:.0f}" if about["stopped"] else "ran to its end"
         lead.append(f"{cell} {how}: the judge's mean score changed by {gain}.")
-        sides = {"reward": "val/student", "held out": "val/held_out"}
-        judged = {d: [(row["step"], row[d]) for row in about["curve"]] for d in shapes.DIMENSIONS}
-        scored = {
-            f"{name}: {d}": [(row["step"], row[f"{key}/{d}"]) for row in about["logged"]]
-            for name, key in sides.items()
-            for d in shapes.DIMENSIONS
-        }
-        gains = {
-            name: [(row["step"], row[key.replace("val/", "val/gain/")]) for row in about["logged"]]
-            for name, key in sides.items()
-        }
-        gains["gap"] = [(row["step"], row["val/gap"]) for row in about["logged"]]
-        panels = {
-            "the judge's mean scores": judged,
-            "scores of the reward and of what is held out": scored,
-            "gains, in deviations": gains,
-        }
+        panels = {"the judge": {d: [(row["step"], row[d]) for row in about["curve"]] for d in shapes.DIMENSIONS}}
+        logged = about["logged"]
+        for title, who in (("the reward", "student"), ("the scorer that is held out", "held_out")):
+            panels[title] = {
+                d: [(0, logged[0][f"val/start/{who}/{d}"]), *((row["step"], row[f"val/{who}/{d}"]) for row in logged)]
+                for d in shapes.DIMENSIONS
+            }
+        series = {"reward": "val/gain/student", "held out": "val/gain/held_out", "gap": "val/gap"}
+        panels["gains, in deviations"] = {name: [(row["step"], row[key]) for row in logged] for name, key in series.items()}
         sections.append(Section(cell, figures=[curves(panels)]))
     facts = [(name, str(value)) for name, value in found["options"].items()]
     return Page(f"A generator improved by rewards, seed {found['seed']}", lead, sections, facts)

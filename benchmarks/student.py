@@ -44,7 +44,6 @@ from rich.console import Console
 from rich.table import Table
 
 import zr
-from zr.commands.demo import CANDIDATES, DONE, TRACE
 from zr.commands.label import label
 from zr.commands.measuring import HeldOut, predict
 from zr.commands.training import run as fit
@@ -63,6 +62,9 @@ METHODS = ("sft", "risd-0", *(f"risd-{n}" for n in SHARES), "risd-10-k1", "both-
 CELLS = [*(f"{size}-{method}" for size in ("small", "same") for method in METHODS), "clip-risd-10"]
 RATES = {"sft": 3e-4, "risd": 3e-3, "both": 3e-3, "opd": 1e-3}
 """Of learning: of 3e-4, 1e-3 and 3e-3 what validation of seed 0 preferred, small students, 37 annotated prompts."""
+
+TRACE, CANDIDATES, DONE = 24, 4, "done"
+"""Most tokens of a trace, images of a prompt, and the file that says that a training came to its end."""
 
 SMALL = {"hidden_size": 64, "layers": 2, "vision_size": 32}
 
@@ -172,7 +174,7 @@ def prepare(run: Path, options: argparse.Namespace) -> dict[str, float]:
     if not (raw / "index.json").exists():
         write_shards(read_shards(run / "data", split="train"), raw, shapes.rubric().scale, split="train", per_shard=25)
     if "unlabelled" not in Index.load(raw).splits:
-        others = shapes.records("unlabelled", options.most * annotated, CANDIDATES["train"], seed=seed)
+        others = shapes.records("unlabelled", options.most * annotated, CANDIDATES, seed=seed)
         write_shards(others, raw, shapes.rubric().scale, split="unlabelled", per_shard=25)
     source = raw
     for count in dict.fromkeys((options.traces, 1)):
