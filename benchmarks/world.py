@@ -10,6 +10,7 @@ against the annotators, on the run's held-out prompts: nobody can be expected to
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def main() -> None:
     if arguments.picture:
         draw_world(arguments.picture)
     for run in arguments.runs:
-        seed = int((run / "base").resolve().parent.name.removeprefix("seed-"))
+        seed = json.loads((run / "settings.json").read_text())["seed"]
         seen = perception(reasoning(zr.load(run / "base"), shapes.rubric(reasoning=True)).policy, seed)
         best = ceiling(run, seed)
         rows = [(name, f"{seen[name]:.3f}", Estimate.of(best[name]["hpa"])) for name in shapes.DIMENSIONS]

@@ -1,47 +1,81 @@
-"""`zr demo` goes on where it stopped; its parts are tested where they live."""
+"""`zr demo` is a packaged plan; what it adds are the data and the models where the README's commands name them."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
-from zr.commands import demo as module
-from zr.data import shapes
+import zr
+from zr.commands import compare as comparing
+from zr.commands.comparing.cell import DONE, HELD_OUT, SHARDS
+from zr.commands.comparing.jobs import Job, Runner
+from zr.commands.comparing.plan import Plan
+from zr.commands.demo import MODELS, demo
+from zr.commands.results import write_json
+from zr.data import Index, read_shards, shapes, write_shards
 from zr.models import ScoreTokenHead, compose, tiny_qwen3_vl
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """A small world whose trainings only save a model; the commands that the demo gave."""
-    given: list[list[str]] = []
-
-    def run(args: list[str]) -> None:
-        given.append(args)
-        folder = Path(args[args.index("--run") + 1])
-        logs = folder / "logs" / "version_0"
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / "metrics.csv").write_text("step,train/loss,val/hpa,val/plcc\n1,2.0,,\n2,,0.5,0.1\n")
-        compose(tiny_qwen3_vl(shapes.rubric(), shapes.vocabulary), ScoreTokenHead).save_pretrained(folder / "model")
-        if len(given) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("zr.commands.training.run", run)
-    monkeypatch.setattr(module, "PROMPTS", dict.fromkeys(module.PROMPTS, 3))
-    monkeypatch.setattr(module, "TRACE", 2)
-    monkeypatch.setattr(module, "_quiet", lambda: None)
-    return given
+def finished(plan: Plan, home: Path, console: Console) -> Runner:
+    """In place of the run: a folder as it leaves one, with few data and a model that was not trained."""
+    runner = Runner(plan, home, 0, console)
+    (seed,) = plan.seeds
+    if (home / "cells").exists():
+        return runner
+    for name, places in (("data", {"train": SHARDS, "validation": SHARDS, "test": HELD_OUT}), ("curated", {"curated": SHARDS})):
+        folder = runner.folder(Job(name, seed))
+        for split, place in places.items():
+            write_shards(shapes.records(split, 2, 2, seed=seed), folder / place, shapes.rubric().scale, split=split)
+        write_json(folder / DONE, {"product": SHARDS})
+    for name in MODELS:
+        folder = runner.folder(Job(name, seed))
+        compose(tiny_qwen3_vl(shapes.rubric(), shapes.vocabulary, seed=seed), ScoreTokenHead).save_pretrained(folder / "run")
+        write_json(folder / DONE, {"product": "run"})
+    return runner
 
 
-def test_an_interrupted_training_is_not_taken_for_a_complete_one(tmp_path: Path, trained: list[list[str]]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        module.demo(tmp_path)
-    assert (tmp_path / "supervised" / "model").is_dir()  # the best model so far
-    assert not (tmp_path / "results.json").exists()
-    module.demo(tmp_path)
-    assert [args[2] for args in trained] == ["zr:look", "zr:base", "zr:supervised", "zr:supervised"]
-    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.name != "settings.json" and file.is_file()}
-    assert {tmp_path / name for name in ("results.json", "report.html", "distributions.safetensors")} <= set(made)
-    module.demo(tmp_path)  # all is done
-    assert len(trained) == 4
-    assert made == {file: file.stat().st_mtime_ns for file in made}
+@pytest.mark.parametrize("seed", [0, 3])
+def test_data_and_models_are_where_the_readme_says(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(comparing, "carry_out", finished)
+    demo(tmp_path / "zr-demo", seed)
+    (tmp_path / "zr-demo" / "teacher" / "mine").touch()
+    demo(tmp_path / "zr-demo", seed)  # what the user did to his copies stays
+    assert (tmp_path / "zr-demo" / "teacher" / "mine").is_file()
     with pytest.raises(ValueError, match="other settings"):
-        module.demo(tmp_path, seed=1)
+        demo(tmp_path / "zr-demo", seed + 1)
+    home = shutil.move(tmp_path / "zr-demo", tmp_path / "moved")
+    for name in MODELS:
+        kept = zr.load(Path(home) / "cells" / name / f"seed-{seed}" / "run")
+        for parameter, other in zip(zr.load(Path(home) / name).parameters(), kept.parameters(), strict=True):
+            assert torch.equal(parameter, other)
+    assert not (Path(home) / "cells" / "teacher" / f"seed-{seed}" / "run" / "mine").exists()
+    assert set(Index.load(Path(home) / "data").splits) == {"train", "validation", "test", "curated"}
+    for split in ("test", "curated"):
+        found = [record.prompt for record in read_shards(Path(home) / "data", split=split)]
+        assert found == [record.prompt for record in shapes.records(split, 2, 2, seed=seed)]
+
+
+@pytest.mark.slow
+def test_the_whole_way_with_few_steps(tmp_path, monkeypatch):
+    """Every cell runs, in the processes and with the recipes of the real run."""
+
+    def short(source):
+        plan = whole(source)
+        cells = {
+            name: replace(cell, options=dict(cell.options) | steps) if cell.fit else cell for name, cell in plan.cells.items()
+        }
+        cells["pictures"] = replace(cells["pictures"], mix={"train": 3, "unlabelled": 3})
+        cells["curated"] = replace(cells["curated"], write={"curated": {"prompts": 4, "candidates": 2}})
+        return replace(plan, cells=cells, data={split: {"prompts": 4, "candidates": 2} for split in plan.data})
+
+    whole, steps = Plan.load, {"trainer.max_steps": 2, "trainer.val_check_interval": 1}
+    monkeypatch.setattr(Plan, "load", short)
+    demo(tmp_path)
+    assert {"results.json", "results.md", "report.html", "data", *MODELS} <= {path.name for path in tmp_path.iterdir()}
+    assert "Text to image" in (tmp_path / "report.html").read_text()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*") if path.is_file()}
+    demo(tmp_path)  # all is done
+    assert made == {path: path.stat().st_mtime_ns for path in made}

@@ -185,6 +185,13 @@ def test_rates_labels_reasoning_and_references(home: Path) -> None:
     assert tried[f"{found['teacher']['0']['fit']['rate']:g}"] == max(tried.values())
     assert "teacher" not in found["teacher"]["0"]
     assert all(found[name]["0"]["teacher"]["kl"]["estimate"] > 0 for name in ("zero-shot", "risd", "opd"))
+    assert {name: found[name]["0"]["coupling"] is not None for name in found} == {
+        "zero-shot": True,  # measured with traces
+        "teacher": True,
+        "risd": False,
+        "opd": True,
+    }
+    assert found["teacher"]["0"]["coupling"]["images"] == 6
     assert (found["risd"]["0"]["tokens"], found["risd"]["0"]["off_scale"] is None) == (1.0, False)
     assert 2 < found["zero-shot"]["0"]["tokens"] <= 10  # two traces of up to four, and an answer after each
     assert (

@@ -10,6 +10,9 @@ from zr.commands.comparing.plan import Plan
 
 BASE = {"fit": "zr:look"}
 SFT = {"fit": ["zr:supervised", "zr:sft"], "start": "base", "measure": {}}
+CURATED = {"write": {"curated": {"prompts": 2, "candidates": 2}}}
+GENERATOR = {"fit": "zr:generator", "data": "curated", "splits": "curated", "draw": {"scorers": "sft"}}
+DRAWN = {"base": BASE, "sft": SFT, "curated": CURATED, "generator": GENERATOR}
 
 
 def plan(**entries) -> Plan:
@@ -29,7 +32,7 @@ def plan(**entries) -> Plan:
         ({"cells": {"a": {"like": "b"}}}, "cell a names the cell 'b'"),
         ({"cells": {"sft": {"fit": "zr:supervised"}}}, "cell sft has nothing to start from: give it start"),
         ({"cells": {"none": {"measure": {}}}}, "cell none has nothing to start from"),
-        ({"cells": {"base": {**BASE, "steps": 3}}}, "cell base: there is no entry 'steps'; there are data, fit, label"),
+        ({"cells": {"base": {**BASE, "steps": 3}}}, "cell base: there is no entry 'steps'; there are data, draw, fit"),
         ({"cells": {"a/b": BASE}}, "a cell's name has letters"),
         ({"cells": {"base": BASE, "m": {"mix": {"train": 1}, "fit": "zr:look"}}}, "cell m has fit and mix"),
         ({"cells": {"base": BASE, "sft": {**SFT, "model": "x"}}}, "cell sft has start and model"),
@@ -43,13 +46,80 @@ def plan(**entries) -> Plan:
         ({"cells": {"base": BASE, "opd": {**SFT, "options": {"model.teacher.source": "{gdso}"}}}}, "names the cell 'gdso'"),
         ({"ordering": [["sft", "risd"]]}, "ordering names the cell 'risd'"),
         ({"baseline": "base"}, "baseline names the cell 'base', which is not measured"),
+        ({"figures": {"f": {"GDSO": {"expectation": "gdso"}}}}, "figures names the cell 'gdso', which the plan does not have"),
+        ({"figures": {"f": {"GDSO": {"expectation": "base"}}}}, "figures names the cell 'base', which is not measured"),
+        ({"figures": {"f": {"GDSO": "sft"}}}, "figures: f is {PANEL: {ROW: CELL}}, got {'GDSO': 'sft'}"),
+        ({"figures": {"f": "sft"}}, "figures: f is {PANEL: {ROW: CELL}}, got 'sft'"),
         ({"split": "train"}, "split is what is measured on, test or validation, got 'train'"),
         ({"data": {"train": 5}}, "data: train is {prompts: NUMBER, candidates: NUMBER}, got 5"),
+        ({"cells": DRAWN | {"sft": {**SFT, "draw": {}}}}, "cell sft makes no generator to draw with"),
+        ({"cells": DRAWN | {"curated": {**CURATED, "draw": {}}}}, "cell curated makes no generator to draw with"),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "measure": {}}}},
+            "cell a makes a generator, which no score is asked of",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"against": "sft"}}}},
+            "cell a is drawn against 'sft', which is not",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"against": "b"}}}},
+            "cell a names the cell 'b'",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"best_of": 4}}}},
+            "cell a: draw: best_of and reward go together",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"reward": "sft"}}}},
+            "cell a: draw: best_of and reward go together",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"aggregation": "zr.models.Minimum"}}}},
+            "cell a: draw: best_of and reward go together",
+        ),
+        ({"cells": DRAWN | {"a": {"start": "generator", "draw": {"scorers": ["sfd"]}}}}, "cell a names the cell 'sfd'"),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"scorers": ["generator"]}}}},
+            "cell a lets generator score its pictures, which makes no reward model",
+        ),
+        ({"cells": DRAWN | {"a": {"start": "generator", "draw": {"best": 4}}}}, "cell a: draw: there is no entry 'best'"),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"steps": 0}}}},
+            "draw: steps must be a number of at least 1, got 0",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"steps": 1.5}}}},
+            "steps must be a number of at least 1, got 1.5",
+        ),
+        (
+            {"cells": DRAWN | {"a": {"start": "generator", "draw": {"guidance": "2"}}}},
+            "guidance must be a number of at least 0",
+        ),
+        ({"cells": DRAWN, "data": {"folder": "mine"}}, "cell generator draws, and only the built-in world has a judge"),
+        ({"cells": {"a": {"write": {"test": {"prompts": 2, "candidates": 2}}}}}, "cell a: write: there is no entry 'test'"),
+        ({"cells": {"a": {"write": {"curated": 5}}}}, "write: curated is {prompts: NUMBER, candidates: NUMBER}, got 5"),
+        ({"cells": {"a": {**CURATED, "fit": "zr:look"}}}, "cell a has fit and write"),
+        ({"cells": DRAWN | {"b": {**SFT, "start": "curated"}}}, "needs a model to start from, and curated makes data"),
     ],
 )
 def test_a_plan_that_cannot_run_is_one_clear_error(entries: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):
         plan(**entries)
+
+
+def test_figures_of_a_plan_name_measured_cells_and_a_null_takes_one_away() -> None:
+    figures = {"by data": {"SFT": {"all": "sft", 150: "sft"}}, "gone": None}
+    assert plan(figures=figures).figures == {"by data": {"SFT": {"all": "sft", "150": "sft"}}}
+    assert plan().figures == {}
+    found = Plan.load("zr:ablations")
+    shown = {cell: found.cells[cell] for panels in found.figures.values() for rows in panels.values() for cell in rows.values()}
+    assert {name: "zr:parsed" in cell.fit for name, cell in shown.items()} == {
+        "grpo": False,
+        "grpo-parsed": True,
+        "gdso": False,
+        "gdso-parsed": True,
+    }
 
 
 def test_an_unknown_recipe_or_plan_is_named() -> None:
@@ -123,6 +193,46 @@ def test_a_digest_changes_with_the_settings_of_a_cell_and_of_all_before_it(tmp_p
     assert traces.measured_digest("sft", 0) != before.measured_digest("sft", 0)
     data = Plan.of({"cells": {"base": BASE}, "data": {"train": {"prompts": 2, "candidates": 2}}})
     assert data.digest("base", 0) != Plan.of({"cells": {"base": BASE}}).digest("base", 0)
+
+
+def test_what_is_drawn_does_not_decide_on_what_is_made() -> None:
+    best = {"start": "generator", "draw": {"best_of": 2, "reward": "sft", "against": "generator"}}
+
+    def written(sft: int = 1, **entries) -> Plan:
+        cells = DRAWN | {"sft": {**SFT, "options": {"trainer.max_steps": sft}}, "best": {**best, **entries}}
+        return plan(cells=cells)
+
+    before = written()
+    assert set(before.cells["best"].needs) == {"generator", "data", "sft"}
+    other = plan(cells=DRAWN | {"same": {"start": "generator", "draw": {}}, "best": {**best, "draw": {"against": "same"}}})
+    assert "same" in other.needed(["best"])
+    assert before.cells["generator"].needs == ("data", "curated", "sft")
+    assert before.drawn == ("generator", "best")
+    assert before.following(["curated"]) == {"curated", "generator", "best"}
+    assert before.following(["sft"]) == {"sft"}  # their pictures are drawn again, they are not made again
+    elsewhere = {"start": "model", "draw": {}}
+    assert plan(cells={"model": {"model": "x"}, "best": elsewhere}).drawn == ("best",)
+    for other, made, drawn in (
+        (written(), True, True),
+        (written(draw={**best["draw"], "against": None}), True, True),  # compared when the report is made
+        (written(draw={**best["draw"], "best_of": 3}), True, False),
+        (written(sft=2), True, False),  # another model chooses
+        (written(start="", model="x"), False, False),
+    ):
+        assert (other.digest("best", 0) == before.digest("best", 0)) == made
+        assert (other.drawn_digest("best", 0) == before.drawn_digest("best", 0)) == drawn
+    assert before.digest("generator", 0) == written(sft=2).digest("generator", 0)
+    size = {"prompts": 3, "candidates": 2}
+    more = plan(cells=DRAWN | {"curated": {"write": {"curated": size}}})
+    assert more.digest("generator", 0) != before.digest("generator", 0)
+    assert more.digest("data", 0) == before.digest("data", 0)  # the plan's splits stay
+
+
+def test_a_short_form_leaves_out_what_the_plan_has_taken_away(tmp_path: Path) -> None:
+    parent = {"cells": {"base": BASE, "sft": SFT}, "quick": {"cells": {"sft": {"options": {"trainer.max_steps": 2}}}}}
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent))
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"like": "parent.yaml", "cells": {"sft": None}}))
+    assert list(Plan.load(str(tmp_path / "child.yaml"), quick=True).cells) == ["data", "base"]
 
 
 def test_a_digest_changes_with_recipes_and_modules_beside_the_plan(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zr.metrics import evaluate, reliability
-from zr.report import Panel, curves, histograms, hpa_bars, reliability_panels, scatter
+from zr.report import Panel, Runs, curves, histograms, hpa_bars, reliability_panels, run_dots, scatter
 from zr.report.figures import INK, MUTED, RULE, SERIES
 
 RNG = np.random.default_rng(0)
@@ -27,6 +27,7 @@ FIGURES = {
     "curves": lambda: curves({"loss": {"a": [(0, 2.0), (1, 1.0)], "b": [(0, 3.0), (1, float("nan"))]}, "HPA": {"val": []}}),
     "histograms": lambda: histograms({"realism": [1, 0, 3], "<b>": [0, 0, 0]}, bins=(1, 3, 5)),
     "histograms of many bins": lambda: histograms({"realism": range(100)}, bins=range(100)),
+    "dots": lambda: run_dots({"large": {"a": Runs([0.5, 0.6], 0.7), "<b>": Runs([0.4])}}, axis="HPA", published="paper"),
     "hpa": lambda: hpa_bars({"zero-shot": TABLE, "supervised": TABLE}, ceiling={"realism": 0.95}),
 }
 
@@ -92,7 +93,8 @@ def test_bars_show_the_estimates_and_the_ceiling():
 
 @pytest.mark.parametrize("name", ["$\\frac{", "<script>alert(1)</script>", "a & b", "\x1b[31m\x00", "猫", "--><x>", "y" * 200])
 def test_names_are_text(name):
-    for figure in (hpa_bars({name: TABLE}), curves({"loss": {name: [(0, 1.0)], "other": [(0, 1.0)]}})):
+    dots = run_dots({name: {name: Runs([0.5], published=0.6)}}, axis="HPA", published="paper")
+    for figure in (hpa_bars({name: TABLE}), curves({"loss": {name: [(0, 1.0)], "other": [(0, 1.0)]}}), dots):
         elements = {e.tag.split("}")[-1] for panel in figure.panels for e in ElementTree.fromstring(panel.svg).iter()}
         assert not elements & {"script", "x"}
     assert any(text.startswith(name[0].replace("\x1b", "\\")) for text in texts(hpa_bars({name: TABLE}).panels[0]))
@@ -142,3 +144,59 @@ def test_a_scatter_of_two_scorers_names_them():
     assert "student's expected score" in shown
     assert "teacher's expected score" in shown
     assert not [text for text in shown if "annotators" in text]
+
+
+def values(panel, colour):
+    """Values of the marks of a colour, and of the strokes of one, read by the axis' own ticks; with the rows' heights."""
+    root = ElementTree.fromstring(panel.svg)
+    ticks = sorted(
+        (float(text), float(e.attrib["x"]))
+        for e in root.iter()
+        if e.tag.endswith("}text") and re.fullmatch(r"0\.\d+", text := "".join(e.itertext())) and "middle" in e.attrib["style"]
+    )
+    (first, left), (last, right) = ticks[0], ticks[-1]
+    points = [
+        (float(e.attrib["x"]), float(e.attrib["y"]))
+        for e in root.iter()
+        if e.tag.endswith("}use") and colour in e.attrib["style"]
+    ]
+    for path in (
+        e for e in root.iter() if e.tag.endswith("}path") and f"stroke: var(--ink, {colour})" in e.attrib.get("style", "")
+    ):
+        x, top, _, bottom = map(float, re.findall(r"[\d.]+", path.attrib["d"]))
+        points.append((x, (top + bottom) / 2))
+    return [(first + (x - left) * (last - first) / (right - left), y) for x, y in points]
+
+
+def test_every_run_is_a_dot_their_mean_a_stroke_and_a_published_value_hollow():
+    panels = {"large": {"a": Runs([0.2, 0.4, 0.9]), "b": Runs([0.3], published=0.6)}, "small": {"c": Runs([0.55])}}
+    figure = run_dots(panels, axis="HPA", published="paper")
+    large, small = figure.panels
+    dots, means, hollow = (values(large, colour) for colour in (SERIES[0], INK, MUTED))
+    assert [value for value, _ in dots] == pytest.approx([0.2, 0.4, 0.9, 0.3], abs=1e-6)
+    assert [value for value, _ in means] == pytest.approx([0.5, 0.3], abs=1e-6)
+    assert [value for value, _ in hollow] == pytest.approx([0.6], abs=1e-6)
+    upper, lower = means[0][1], means[1][1]
+    assert [y for _, y in dots] == pytest.approx([upper] * 3 + [lower], abs=1e-3)
+    assert hollow[0][1] == pytest.approx(lower, abs=1e-3)
+    assert [value for value, _ in values(small, SERIES[0])] == pytest.approx([0.55], abs=1e-6)
+    assert {"a", "b", "0.500", "0.300", "paper 0.600"} <= set(texts(large))
+    assert re.findall(r">(0\.\d)<", large.svg) == re.findall(r">(0\.\d)<", small.svg)  # one range
+    for wrong in ({}, {"large": {}}, {"large": {"a": Runs([])}}):
+        with pytest.raises(ValueError, match="at least one"):
+            run_dots(wrong, axis="HPA", published="paper")
+
+
+def test_curves_that_are_alike_have_one_range():
+    panels = {"a": {"": [(0, 0.1), (1, 0.2)]}, "b": {"": [(0, 0.6), (1, float("nan"))]}}
+
+    def ticks(alike):
+        roots = [ElementTree.fromstring(panel.svg) for panel in curves(panels, alike=alike).panels]
+        return [sorted(e.text for e in root.iter() if "text-anchor: end" in e.attrib.get("style", "")) for root in roots]
+
+    first, second = ticks(alike=True)
+    assert first == second
+    assert float(first[0]) <= 0.2
+    assert float(first[-1]) >= 0.5
+    first, second = ticks(alike=False)
+    assert first != second

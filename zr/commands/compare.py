@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["compare"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zr.commands.comparing.jobs import Runner
+    from zr.commands.comparing.plan import Plan
+
+__all__ = ["carry_out", "compare"]
 
 
 def compare(
@@ -27,7 +35,8 @@ def compare(
     OUT gets results.json, results.md, report.html and a folder for each cell and seed, with its log, model and distributions.
     Run the same command again after an interruption of any kind: what is done stays. A cell whose settings have changed is
     run again, with all that follows from it. Each cell is a process with one thread, so that neither --parallel nor what else
-    runs changes a number. The split that is measured on lies apart from the others and is read once for each cell and seed.
+    runs changes a number. The split that is measured on lies apart from the others and is read once for each cell and seed; the
+    report shows some of its images.
 
     A plan is code, as recipes are: it names classes to import.
 
@@ -45,13 +54,7 @@ def compare(
     """
     from rich.console import Console
 
-    from zr.commands.comparing.jobs import Runner, held
-    from zr.commands.comparing.page import leads, markdown, page, tables
     from zr.commands.comparing.plan import Plan
-    from zr.commands.comparing.results import gather
-    from zr.commands.results import write_json
-    from zr.report import write_page
-    from zr.report.text import plain
 
     if parallel < 1:
         raise ValueError(f"parallel must be at least 1, got {parallel}")
@@ -59,27 +62,56 @@ def compare(
     wanted = list(only or found.cells)
     found.needed([*wanted, *(again or ())])
     home = Path("zr-compare") / found.name if out is None else out
-    console = Console()
+    carry_out(found, home, Console(), wanted, again or (), parallel)
+
+
+def carry_out(
+    plan: Plan, home: Path, console: Console, wanted: Sequence[str] | None = None, again: Sequence[str] = (), parallel: int = 2
+) -> Runner:
+    """Run what is not done of a plan, write its report, and show the first findings.
+
+    Args:
+        plan: of the cells.
+        home: its folder.
+        console: where it is told.
+        wanted: cells to run, and what they need; all of the plan for None.
+        again: cells to run again, and all that follows from them.
+        parallel: processes at a time.
+
+    Raises:
+        ValueError: a cell that failed, another run in the folder.
+    """
+    from zr.commands.comparing.drawing import changes
+    from zr.commands.comparing.jobs import Runner, held
+    from zr.commands.comparing.page import leads, markdown, page, tables
+    from zr.commands.comparing.pictures import pictures
+    from zr.commands.comparing.results import gather
+    from zr.commands.results import write_json
+    from zr.report import write_page
+    from zr.report.text import plain
+
     with held(home) as lock:
-        runner = Runner(found, home, lock, console)
-        runner.forget(again or ())
+        runner = Runner(plan, home, lock, console)
+        runner.forget(again)
         failed = None
         try:
-            runner.run(wanted, parallel)
+            runner.run(wanted or list(plan.cells), parallel)
         except ValueError as error:  # what is done is told all the same
             failed = error
-        results = gather(found, runner)
-        if results["cells"]:
+        results = gather(plan, runner)
+        if results["cells"] or results["drawings"]:
             write_json(home / "results.json", results)
-            (home / "results.md").write_text(markdown(found, results), encoding="utf-8")
-            write_page(home / "report.html", page(found, results))
+            (home / "results.md").write_text(markdown(plan, results), encoding="utf-8")
+            moved = changes(results["drawings"], runner.folder)
+            write_page(home / "report.html", page(plan, results, pictures(results, runner), moved))
     if failed is not None:
         raise failed
     for line in leads(results):
         console.print(plain(line), markup=False, highlight=False)
-    if results["cells"]:
-        for table in [table for group in tables(found, results).values() for table in group][:2]:
+    if results["cells"] or results["drawings"]:
+        for table in [table for group in tables(plan, results).values() for table in group][:2]:
             console.print(table.terminal())
         console.print(
             plain(f"all tables: {home / 'report.html'}, {home / 'results.md'}, {home / 'results.json'}"), markup=False
         )
+    return runner

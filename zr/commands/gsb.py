@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported in the functions: the stack takes seconds, `zr gsb
     from zr.models import Scorer
     from zr.report import Table
 
-__all__ = ["gsb"]
+__all__ = ["compared", "gsb"]
 
 PAGE = "pairs.html"
 MEAN = "mean"
@@ -180,8 +180,8 @@ def _judged(
                 means.append(q.mean.double().cpu().numpy())
     first, second = (np.concatenate(means) for means in found)
     keys = np.array([picture.key for picture in pictures])
-    rows = {name: _row(first[:, d], second[:, d], keys, band) for d, name in enumerate(names)}
-    return {"band": band, "dimensions": rows, MEAN: _row(first.mean(1), second.mean(1), keys, band)}
+    rows = {name: compared(first[:, d], second[:, d], keys, band) for d, name in enumerate(names)}
+    return {"band": band, "dimensions": rows, MEAN: compared(first.mean(1), second.mean(1), keys, band)}
 
 
 def _by_people(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -198,8 +198,18 @@ def _by_people(answers: Sequence[Answer]) -> dict[str, Any]:
     return {**counts, "dimensions": {name: rows[name] for name in names}, ALL: rows[ALL]}
 
 
-def _row(new: NDArray[np.float64], old: NDArray[np.float64], keys: NDArray[Any], band: float) -> dict[str, Any]:
-    """Means ``(N,)`` of both, their difference, and the counts."""
+def compared(new: NDArray[np.float64], old: NDArray[np.float64], keys: NDArray[Any], band: float) -> dict[str, Any]:
+    """Two sets of pictures by a judge.
+
+    Args:
+        new: ``(N,)`` expected scores of the pictures that shall be better.
+        old: ``(N,)`` those of the pictures they are compared with.
+        keys: ``(N,)`` of the prompts, over which the intervals resample.
+        band: scores that differ by no more are the same.
+
+    Returns:
+        Plain data: means of both, ``difference`` (new - old) and ``gsb`` with their intervals, the counts.
+    """
     from zr.metrics import bootstrap_interval
 
     def gain(mu: NDArray[np.float64], score: NDArray[np.float64], prompt: NDArray[Any], weight: NDArray[np.float64]) -> Any:

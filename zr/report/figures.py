@@ -23,7 +23,7 @@ from zr.metrics import ReliabilityCurve
 from zr.report.tables import UNDEFINED, Estimate
 from zr.report.text import plain
 
-__all__ = ["Figure", "Panel", "curves", "histograms", "hpa_bars", "reliability_panels", "scatter"]
+__all__ = ["Figure", "Panel", "Runs", "curves", "histograms", "hpa_bars", "reliability_panels", "run_dots", "scatter"]
 
 SERIES = ("#3b74b8", "#d9822b", "#2a9183", "#a2559c", "#8a7a2f")
 INK, MUTED, RULE = "#2b2f36", "#667080", "#c9cdd3"
@@ -60,6 +60,7 @@ SETTINGS: Any = {  # some versions of matplotlib list every key in the type of t
     "lines.linewidth": 1.6,
 }
 MANY = 1500  # points of a scatter from which they are drawn as pixels, to keep the file small
+FEW = 3  # lines that leave room for their names among them; more have them below
 LONGEST = 26  # letters of a name that fit into a figure; tables show all of them
 CHANCE = 0.5  # HPA of a scorer that knows nothing
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
@@ -113,6 +114,19 @@ class Figure:
     title: str
     panels: Sequence[Panel]
     caption: str = ""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One row of :func:`run_dots`.
+
+    Args:
+        values: one for each run, for example each seed.
+        published: what somebody else reports of it, or None.
+    """
+
+    values: Sequence[float]
+    published: float | None = None
 
 
 def scatter(
@@ -204,37 +218,54 @@ def reliability_panels(curves: Mapping[str, ReliabilityCurve]) -> Figure:
     return Figure("Reliability", [panel(name, curve) for name, curve in curves.items()], caption)
 
 
-def curves(panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]], title: str = "") -> Figure:
+def curves(
+    panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]],
+    title: str = "",
+    caption: str = "",
+    *,
+    alike: bool = False,
+) -> Figure:
     """Values over steps, such as losses and validation measures.
 
     Args:
         panels: by title of the panel (values of one kind) and name of the series: pairs (step, value). A value that is NaN
             leaves a gap.
         title: of the figure.
+        caption: of the figure.
+        alike: the panels hold values of one kind, and get one vertical range, by which they can be compared.
 
     Example:
         >>> figure = curves({"loss": {"train": [(0, 2.2), (10, 1.4)]}, "HPA": {"validation": [(10, 0.71)]}})
         >>> [(panel.title, panel.note) for panel in figure.panels]
         [('loss', 'last 1.400'), ('HPA', 'last 0.710')]
     """
+    drawn = {
+        name: {key: np.asarray(list(values), np.float64).reshape(-1, 2) for key, values in series.items()}
+        for name, series in panels.items()
+    }
+    heights = [value for points in drawn.values() for line in points.values() for value in line[:, 1] if np.isfinite(value)]
 
-    def panel(name: str, series: Mapping[str, Iterable[tuple[float, float]]]) -> Panel:
-        points = {key: np.asarray(list(values), np.float64).reshape(-1, 2) for key, values in series.items()}
-
+    def panel(name: str, points: Mapping[str, Any]) -> Panel:
         def draw(axes: Axes) -> None:
             for index, (key, line) in enumerate(points.items()):
                 style = "o-" if len(line) <= 20 else "-"
                 axes.plot(line[:, 0], line[:, 1], style, markersize=3, color=_colour(index), label=_short(plain(key)))
             axes.set(xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            if len(points) > 1:
+            if alike and heights:
+                margin = 0.06 * (max(heights) - min(heights) or 1.0)
+                axes.set(ylim=(min(heights) - margin, max(heights) + margin))
+            if crowded:
+                axes.legend(loc="upper left", bbox_to_anchor=(0, -0.24), ncols=2, borderaxespad=0)
+            elif len(points) > 1:
                 axes.legend(loc="best")
 
+        crowded = len(points) > FEW
         last = [line[-1, 1] for line in points.values() if len(line)]
-        return Panel(_svg(draw, (3.0, 2.0)), name, f"last {_text(last[0])}" if len(last) == 1 else "")
+        return Panel(_svg(draw, (3.0, 2.4 if crowded else 2.0)), name, f"last {_text(last[0])}" if len(last) == 1 else "")
 
-    return Figure(title, [panel(name, series) for name, series in panels.items()])
+    return Figure(title, [panel(name, points) for name, points in drawn.items()], caption)
 
 
 def histograms(votes: Mapping[str, Sequence[float]], bins: Sequence[float]) -> Figure:
@@ -323,6 +354,58 @@ def hpa_bars(
     if ceiling:
         caption += " Dotted: the ceiling, reached by the true scores against these annotators."
     return Figure(title, [panel(d) for d in range(len(dimensions))], caption)
+
+
+def run_dots(
+    panels: Mapping[str, Mapping[str, Runs]], title: str = "", caption: str = "", *, axis: str, published: str
+) -> Figure:
+    """What several runs of each of several things reach: every run a dot, their mean a stroke, a published value a hollow mark.
+
+    Args:
+        panels: by title of the panel and name of the row; all panels have one horizontal range.
+        title: of the figure.
+        caption: of the figure.
+        axis: what the values are.
+        published: whose the published values are; a word that stands beside each of them.
+
+    Raises:
+        ValueError: no row, or a row without a value.
+
+    Example:
+        >>> rows = {"SFT": Runs([0.75, 0.77], published=0.8135), "GDSO": Runs([0.90])}
+        >>> figure = run_dots({"large": rows}, axis="mean HPA", published="paper")
+        >>> [found for found in ("0.760", "0.900", "paper 0.814") if found in figure.panels[0].svg]
+        ['0.760', '0.900', 'paper 0.814']
+    """
+    everything = [row for rows in panels.values() for row in rows.values()]
+    if not everything or any(len(row.values) == 0 for row in everything):
+        raise ValueError("run_dots needs at least one row, and in each row at least one value")
+    ends = [value for row in everything for value in (*row.values, row.published) if value is not None]
+    margin = 0.05 * (max(ends) - min(ends) or 1.0)
+    left, right = min(ends) - margin, max(ends) + margin
+
+    def panel(name: str, rows: Mapping[str, Runs]) -> Panel:
+        def draw(axes: Axes) -> None:
+            for place, (label, row) in enumerate(rows.items()):
+                mean, above = float(np.mean(row.values)), place - 0.3
+                axes.text(left, above, _short(plain(label)), va="bottom")
+                axes.text(right, above, _text(mean), va="bottom", ha="right", fontweight="bold")
+                axes.plot([left, right], [place, place], color=RULE, linewidth=0.6)
+                axes.plot([mean, mean], [place - 0.24, place + 0.24], color=INK, linewidth=1.4, solid_capstyle="butt", zorder=3)
+                dots: Any = {"markersize": 4.6, "markeredgewidth": 0, "alpha": 0.8, "zorder": 4}
+                axes.plot(row.values, [place] * len(row.values), "o", color=SERIES[0], **dots)
+                if row.published is not None:
+                    axes.plot([row.published], [place], "D", color=MUTED, markerfacecolor="none", markersize=4.6, zorder=2)
+                    beside: Any = {"textcoords": "offset points", "va": "bottom", "ha": "right", "color": MUTED}
+                    axes.annotate(f"{published} {_text(row.published)}", (right, above), (-30, 0), **beside)
+            axes.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.75), yticks=[], xlabel=axis)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.spines["left"].set_visible(False)
+            axes.grid(visible=False, axis="y")
+
+        return Panel(_svg(draw, (2.7, 0.45 + 0.36 * len(rows))), name)
+
+    return Figure(title, [panel(name, rows) for name, rows in panels.items()], caption)
 
 
 def _colour(index: int) -> str:

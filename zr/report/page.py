@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from zr.report.cards import Card
+from zr.report.changes import Change
 from zr.report.figures import Figure
 from zr.report.tables import Table
 from zr.report.text import plain
@@ -31,6 +32,7 @@ class Section:
         tables: tables.
         figures: figures.
         cards: images with their distributions.
+        changes: images before and after.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     cards: Sequence[Card] = ()
+    changes: Sequence[Change] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The process of one cell and seed: trains, labels or mixes, then measures; ``python -m zr.commands.comparing.cell JOB``."""
+"""The process of one cell and seed: makes its product, then measures or draws; ``python -m zr.commands.comparing.cell JOB``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from zr.models import RewardModel
     from zr.rubric import Rubric
 
-__all__ = ["DISTRIBUTIONS", "DONE", "JOB", "LOG", "MEASURED", "product", "run"]
+__all__ = ["DISTRIBUTIONS", "DONE", "DRAWN", "HELD_OUT", "JOB", "LOG", "MEASURED", "PICTURES", "product", "run"]
 
 JOB, LOG, DONE, MEASURED, DISTRIBUTIONS = "job.json", "log.txt", "done.json", "measured.json", "distributions.safetensors"
+DRAWN, PICTURES = "drawn.json", "pictures.safetensors"
 SHARDS, HELD_OUT = "shards", "held-out"
 BATCH = 16
+COUPLED = 4  # batches on which the coupling of score and trace is measured: it takes twice as long as scoring them
 
 
 def product(folder: Path) -> str:
@@ -47,6 +50,10 @@ def run(folder: Path) -> None:
         write_json(folder / DONE, {"digest": job["digest"], "seconds": seconds, **about})
     if job["measure"] is not None:
         write_json(folder / MEASURED, {"digest": job["measured"], **_measure(job, folder)})
+    if job["cell"]["draw"] is not None:
+        from zr.commands.comparing.drawing import draw
+
+        write_json(folder / DRAWN, {"digest": job["drawn"], **draw(job, folder)})
 
 
 def _digest(file: Path) -> str:
@@ -62,6 +69,10 @@ def _make(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return _write(job, folder)
     if cell["mix"]:
         return _mix(job, folder)
+    if cell["write"]:
+        for name, size in cell["write"].items():
+            _write_world(folder / SHARDS, name, size, job["seed"])
+        return {"product": SHARDS}
     if cell["label"]:
         return _label(job, folder)
     if cell["fit"]:
@@ -78,14 +89,13 @@ def _started(job: Mapping[str, Any]) -> str:
 
 def _write(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The world's splits, or links to the user's own; the one that is measured on lies apart, where no training looks."""
-    from zr.data import Index, shapes, write_shards
+    from zr.data import Index
 
     data, split = dict(job["data"]), job["split"]
     if "folder" not in data:
         for name, size in data.items():
             for place in _places(name, split):
-                records = shapes.records(name, size["prompts"], size["candidates"], seed=job["seed"])
-                write_shards(records, folder / place, shapes.rubric().scale, split=name)
+                _write_world(folder / place, name, size, job["seed"])
         return {"product": SHARDS}
     index = Index.load(Path(data["folder"]).resolve())
     for place in (SHARDS, HELD_OUT):
@@ -95,6 +105,14 @@ def _write(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             (folder / place / shard.path.name).symlink_to(str(shard.path))
         Index(folder / place, index.scale, splits).save()
     return {"product": SHARDS}
+
+
+def _write_world(place: Path, split: Any, size: Mapping[str, int], seed: int) -> None:
+    """A split of the built-in world."""
+    from zr.data import shapes, write_shards
+
+    records = shapes.records(split, size["prompts"], size["candidates"], seed=seed)
+    write_shards(records, place, shapes.rubric().scale, split=split)
 
 
 def _places(name: str, split: str) -> list[str]:
@@ -136,10 +154,12 @@ def _label(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _fit(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train with each learning rate; validation chooses among them."""
+    from zr.commands.comparing.ending import Ending
     from zr.commands.training import run as train
 
     cell, tried = job["cell"], {}
     for rate in cell["rates"] or [None]:
+        ending = Ending()
         name = "run" if rate is None else f"run-{rate:g}"
         words = [word for path in job["recipes"] for word in ("--config", path)]
         words += ["--folder", product(Path(job["needs"]["data"])), "--run", str(folder / name)]
@@ -149,8 +169,8 @@ def _fit(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         words += [f"--{key}={_option(job, value)}" for key, value in cell["options"].items()]
         words += _training_split(job)
         words += [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
-        train(["fit", *words])
-        tried[name] = {"rate": rate, "validation": _validation(folder / name)}
+        train(["fit", *words], callbacks=[ending])
+        tried[name] = {"rate": rate, "validation": _validation(folder / name), "ending": ending.about}
     if len(tried) > 1 and any(t["validation"] is None for t in tried.values()):
         raise ValueError(f"cell {cell['name']} chooses its rate on validation, and nothing was validated: leave rates out")
     best = max(tried, key=lambda name: tried[name]["validation"] or 0.0)
@@ -162,7 +182,8 @@ def _training_split(job: Mapping[str, Any]) -> list[str]:
     if cell["data"] == "data" and cell["splits"] == ["train"]:
         return []  # what the recipe says
     source = product(Path(job["needs"][cell["data"]]))
-    return [f"--data.train={json.dumps([f'{source}/{split}' for split in cell['splits']])}"]
+    places = [f"{source}/{split}" for split in cell["splits"]]
+    return [f"--data.train={json.dumps(places) if places[1:] else places[0]}"]
 
 
 def _option(job: Mapping[str, Any], given: Any) -> str:
@@ -193,6 +214,7 @@ def _measure(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from zr.commands.agreeing import Contestant
+    from zr.commands.comparing.coupling import coupled
     from zr.commands.measuring import HeldOut
     from zr.data import ScoreData
     from zr.metrics import ExpectedCalibrationError, RankedProbabilityScore, VotesNegativeLogLikelihood
@@ -220,22 +242,25 @@ def _measure(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for measure in measures.values():
         measure.update(pooled, votes)
     choices = held_out.choices
+    tokens = who.tokens / (len(held_out.records) * len(rubric.dimensions))
+    moved = coupled(model, held_out.batches[:COUPLED]) if isinstance(model, ReasoningReward) else None
     return {
         "dimensions": list(rubric.dimensions),
         "bins": list(rubric.bins),
-        "records": held_out.records,
+        "keys": [key for batch in held_out.batches for key in batch.keys],
         "choices": {name: [part.tolist() for part in chosen] for name, chosen in choices.items()},
         "table": held_out.table(q.mean),
         **{name: _defined(float(measure.compute())) for name, measure in measures.items()},
         "off_scale": None if outside is None else float(outside.mean()),
-        "tokens": who.tokens / (len(held_out.records) * len(rubric.dimensions)),
+        "tokens": tokens,
+        "coupling": moved and {name: _defined(value) for name, value in moved.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "ms": round(1e3 * sum(who.seconds) / sum(who.images), 2),
     }
 
 
 def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def _asked(model: RewardModel, job: Mapping[str, Any]) -> RewardModel:
@@ -282,7 +307,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    code: int | str | None = 1
+    try:
+        code = main()
+    except SystemExit as end:  # of the command line, which has said why
+        code = end.code
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the watching thread still waits for its pipe
+    os._exit(code if isinstance(code, int) else 1)  # the watching thread still waits for its pipe

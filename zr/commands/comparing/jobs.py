@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from zr.commands.comparing.cell import DONE, JOB, LOG, MEASURED
+from zr.commands.comparing.cell import DONE, DRAWN, JOB, LOG, MEASURED
 from zr.commands.comparing.plan import Plan
 from zr.commands.results import write_json
 from zr.report.text import plain
@@ -86,17 +86,20 @@ class Runner:
 
     def done(self, job: Job) -> bool:
         """Whether its files are there, of these settings and of these settings of all that it follows from."""
-        made = _digest(self.folder(job) / DONE) == self.plan.digest(job.cell, job.seed)
-        if self.plan.cells[job.cell].measure is None:
-            return made
-        return made and _digest(self.folder(job) / MEASURED) == self.plan.measured_digest(job.cell, job.seed)
+        cell, place = self.plan.cells[job.cell], (job.cell, job.seed)
+        wanted = {DONE: self.plan.digest(*place)}
+        wanted |= {} if cell.measure is None else {MEASURED: self.plan.measured_digest(*place)}
+        wanted |= {} if cell.draw is None else {DRAWN: self.plan.drawn_digest(*place)}
+        return all(_digest(self.folder(job) / file) == digest for file, digest in wanted.items())
 
     def forget(self, cells: Sequence[str]) -> None:
-        """Let cells, and what follows from them, be run again."""
-        for name in self.plan.following(cells):
-            for seed in self.plan.seeds:
-                for file in (DONE, MEASURED):
-                    (self.folder(Job(name, seed)) / file).unlink(missing_ok=True)
+        """Let cells, and what follows from them, be run again; of a cell whose pictures they score only the drawing."""
+        again = self.plan.following(cells)
+        for name, cell in self.plan.cells.items():
+            files = (DONE, MEASURED, DRAWN) if name in again else (DRAWN,) if again & set(cell.needs) else ()
+            for job in (Job(name, seed) for seed in self.plan.seeds):
+                for file in files:
+                    (self.folder(job) / file).unlink(missing_ok=True)
 
     def run(self, cells: Sequence[str], parallel: int) -> None:
         """Run cells and what they need, with every seed.
@@ -155,6 +158,7 @@ class Runner:
             {
                 "digest": self.plan.digest(job.cell, job.seed),
                 "measured": self.plan.measured_digest(job.cell, job.seed),
+                "drawn": self.plan.drawn_digest(job.cell, job.seed),
                 "seed": job.seed,
                 "cell": asdict(cell),
                 "recipes": [str(path) for path in self.plan.recipes(cell)],

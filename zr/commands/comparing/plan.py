@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -22,6 +22,13 @@ DATA = "data"
 """The cell that every plan has: its splits, those that are trained on apart from the one that is measured on."""
 
 SPLITS = ("base", "train", "unlabelled", "validation", "test")
+WRITTEN = ("base", "train", "unlabelled", "curated")
+"""Splits of the built-in world that a cell may write for itself: nothing is measured on them."""
+
+MEASURES = 2
+"""What is measured; a cell whose measures are of another number is measured again."""
+
+DRAW = {"guidance", "steps", "best_of", "reward", "aggregation", "scorers", "against"}
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 REFERENCE = re.compile(r"\{([\w.-]+)\}")
 MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
@@ -36,15 +43,21 @@ class Cell:
         fit: recipes of ``zr fit``, ``zr:NAME`` or files beside the plan.
         label: the cell whose model labels ``data`` (``zr label``).
         mix: prompts to take of each split of ``data``, for a split ``train`` of them in random order.
-        start: the cell whose model training starts from; without ``fit``, the cell that is measured as it is.
+        write: by split of the built-in world ``prompts`` and ``candidates``, such as the ``curated`` pictures that a generator
+            learns from; in shards of their own, so that the plan's splits stay as they are.
+        start: the cell whose model training starts from; without ``fit``, the cell that is measured or drawn from as it is.
         model: in place of a cell, a model's folder or its name on the hub.
-        data: the cell whose split ``train`` is trained on, labelled or mixed; validation is always the plan's.
+        data: the cell whose ``splits`` are trained on, labelled or mixed; validation is always the plan's.
         splits: of ``data``, to train on or to label.
         options: of ``zr fit`` (``{"trainer.max_steps": 400}`` is ``--trainer.max_steps=400``) or of ``zr label``. In texts
             ``{seed}`` is the seed and ``{CELL}`` the folder of a cell, which this one then follows from.
         rates: learning rates, of which the one that validation prefers is kept; none for the recipe's.
         measure: how it is measured; None for not at all. ``traces`` of a model that reasons, or shall (``length``: their most
             tokens); without it the model answers as it was saved.
+        draw: how pictures are drawn of a generator, one for each prompt that is measured on, for the world's judge; None for
+            not at all. ``guidance`` and ``steps`` as in ``zr draw``; ``best_of`` so many, chosen by the model of the cell
+            ``reward`` and an ``aggregation``, the mean without one; ``scorers``, cells whose models score the pictures too;
+            ``against``, the drawn cell whose pictures of the same prompts and noise they are compared with.
         paper: size and method of the paper's row beside which it is shown.
     """
 
@@ -52,6 +65,7 @@ class Cell:
     fit: tuple[str, ...] = ()
     label: str = ""
     mix: Mapping[str, int] = field(default_factory=dict)
+    write: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     model: str = ""
     data: str = DATA
@@ -59,6 +73,7 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     measure: Mapping[str, int] | None = None
+    draw: Mapping[str, Any] | None = None
     paper: tuple[str, ...] = ()
 
     @property
@@ -68,14 +83,32 @@ class Cell:
         return tuple(name for text in texts for name in REFERENCE.findall(text) if name != "seed")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Cells that it follows from."""
+    def origins(self) -> tuple[str, ...]:
+        """Cells that what it makes follows from."""
         if self.name == DATA:
             return ()
         trained = (DATA, self.data) if self.fit or self.label or self.mix else ()
         measured = (DATA,) if self.measure is not None else ()
         named = [name for name in (*trained, *measured, self.start, self.label, *self.references) if name]
         return tuple(dict.fromkeys(named))
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Cells whose models choose or score what is drawn of it."""
+        asked = self.draw or {}
+        return tuple(dict.fromkeys(name for name in (asked.get("reward"), *asked.get("scorers", ())) if name))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Cells that must be there before it runs."""
+        against = (self.draw or {}).get("against")
+        drawn = () if self.draw is None else (DATA, *self.asked, *([against] if against else []))
+        return tuple(dict.fromkeys((*self.origins, *drawn)))
+
+    @property
+    def makes_data(self) -> bool:
+        """Whether shards come of it, in place of a model."""
+        return bool(self.label or self.mix or self.write)
 
 
 @dataclass(frozen=True)
@@ -92,6 +125,8 @@ class Plan:
         baseline: the cell that all measured ones are compared with.
         teacher: the cell from whose distributions the others' distance is measured.
         ordering: chains of cells, of which each is expected to be better than the one before.
+        figures: pictures of mean HPA beside that of all cells: by title, panel and row a cell. In a panel the others are
+            compared with the first, seed by seed.
 
     Example:
         >>> cells = {"base": {"fit": ["zr:look"]}, "sft": {"fit": ["zr:supervised"], "start": "base", "measure": {}}}
@@ -112,6 +147,7 @@ class Plan:
     baseline: str = ""
     teacher: str = ""
     ordering: tuple[tuple[str, ...], ...] = ()
+    figures: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str, quick: bool = False) -> Plan:
@@ -132,7 +168,8 @@ class Plan:
         if quick:
             if changes is None:
                 raise ValueError(f"{file}: the plan has no entry quick, which says what --quick leaves out")
-            entries = _merged(entries, changes)
+            gone = {name: None for name, cell in (entries.get("cells") or {}).items() if cell is None}
+            entries = _merged(_merged(entries, changes), {"cells": gone})  # what a plan has taken away stays away
         return cls.of(entries, f"{file.stem}{'-quick' if quick else ''}", file)
 
     @classmethod
@@ -151,27 +188,32 @@ class Plan:
         everywhere = entries.get("options") or {}
         found = {key: _cell(name, key, _likeness(name, key, written, ()), everywhere) for key in written}
         graph = {key: [n for n in cell.needs if n != DATA] for key, cell in found.items()}
+        splits = _data(name, entries.get("data") or {})
         for cell in found.values():
             _check(name, cell, found, file)
         try:
             order = list(TopologicalSorter(graph).static_order())
         except CycleError as error:
             raise ValueError(f"{name}: cells wait for each other: {' -> '.join(reversed(error.args[1]))}") from None
+        for cell in found.values():
+            _check_drawing(name, cell, found, file, splits)
         cells = {DATA: Cell(DATA), **{key: found[key] for key in order}}
         plan = cls(
             name,
             file,
-            _data(name, entries.get("data") or {}),
+            splits,
             tuple(entries.get("seeds") or (0,)),
             cells,
             entries.get("split") or "test",
             entries.get("baseline") or "",
             entries.get("teacher") or "",
             tuple(tuple(chain) for chain in entries.get("ordering") or ()),
+            _figures(name, entries.get("figures") or {}),
         )
         if plan.split not in ("test", "validation"):
             raise ValueError(f"{name}: split is what is measured on, test or validation, got {plan.split!r}")
         chains = [("ordering", chain) for chain in plan.ordering]
+        chains += [("figures", tuple(rows.values())) for panels in plan.figures.values() for rows in panels.values()]
         for what, named in (("baseline", (plan.baseline,)), ("teacher", (plan.teacher,)), *chains):
             for key in filter(None, named):
                 if key not in cells:
@@ -184,6 +226,11 @@ class Plan:
     def measured(self) -> tuple[str, ...]:
         """Names of the cells that are measured, in the order of the plan."""
         return tuple(name for name, cell in self.cells.items() if cell.measure is not None)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Names of the cells that pictures are drawn of, in the order of the plan."""
+        return tuple(name for name, cell in self.cells.items() if cell.draw is not None)
 
     def needed(self, names: Iterable[str]) -> set[str]:
         """Cells, and all that they follow from.
@@ -203,14 +250,17 @@ class Plan:
         return found
 
     def following(self, names: Iterable[str]) -> set[str]:
-        """Cells, and all that follow from them.
+        """Cells, and all whose product follows from them.
 
         Raises:
             ValueError: a cell that the plan does not have.
         """
-        wanted = set(names)
-        self.needed(wanted)
-        return {name for name in self.cells if self.needed([name]) & wanted}
+        found = set(names)
+        self.needed(found)
+        for name, cell in self.cells.items():  # each comes after what it follows from
+            if found & set(cell.origins):
+                found.add(name)
+        return found
 
     def recipes(self, cell: Cell) -> list[Path]:
         """Files of a cell's recipes."""
@@ -219,7 +269,8 @@ class Plan:
     def digest(self, name: str, seed: int) -> str:
         """Of all that decides on what a cell makes: its settings, recipes and modules, and those of all it follows from."""
         cell = self.cells[name]
-        settings = {key: value for key, value in asdict(cell).items() if key not in ("measure", "paper")}
+        later = ("measure", "draw", "paper")  # what does not decide on it
+        settings = {key: value for key, value in asdict(cell).items() if key not in later and (key != "write" or value)}
         texts = [path.read_text(encoding="utf-8") for path in self.recipes(cell)]
         about = {
             "zr": __version__,
@@ -227,14 +278,22 @@ class Plan:
             "cell": settings,
             "recipes": texts,
             "modules": self._modules([*texts, *(value for value in cell.options.values() if isinstance(value, str))]),
-            "needs": {need: self.digest(need, seed) for need in cell.needs},
+            "needs": {need: self.digest(need, seed) for need in cell.origins},
             "data": [self.data, self.split] if name == DATA else None,
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def measured_digest(self, name: str, seed: int) -> str:
         """Of all that decides on a cell's measures."""
-        about = [self.digest(name, seed), self.digest(DATA, seed), self.cells[name].measure, self.split]
+        about = [MEASURES, self.digest(name, seed), self.digest(DATA, seed), self.cells[name].measure, self.split]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+    def drawn_digest(self, name: str, seed: int) -> str:
+        """Of all that decides on the pictures of a cell and their scores."""
+        cell = self.cells[name]
+        settings = {key: value for key, value in (cell.draw or {}).items() if key != "against"}
+        followed = {need: self.digest(need, seed) for need in (DATA, *cell.asked)}
+        about = [self.digest(name, seed), settings, followed, self.split]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def _modules(self, texts: list[str]) -> dict[str, str]:
@@ -318,11 +377,17 @@ def _cell(plan: str, name: str, entries: Mapping[str, Any], everywhere: Mapping[
     for key in ("fit", "splits", "rates", "paper"):
         if key in given:
             given[key] = tuple([given[key]] if isinstance(given[key], str) else given[key])
-    for key in ("options", "mix", "measure"):
+    for key in ("options", "mix", "write", "measure", "draw"):
         if not isinstance(given.get(key, {}), Mapping):
             raise ValueError(f"{plan}: cell {name}: {key} must be a mapping, got {given[key]!r}")
     if "measure" in given:
         _known(f"{plan}: cell {name}: measure", given["measure"], {"traces", "length"})
+    if "draw" in given:
+        _known(f"{plan}: cell {name}: draw", given["draw"], DRAW)
+        given["draw"] = {key: value for key, value in given["draw"].items() if value is not None}
+        if isinstance(scorers := given["draw"].get("scorers"), str):
+            given["draw"]["scorers"] = [scorers]
+    _sizes(f"{plan}: cell {name}: write", given.get("write", {}), WRITTEN)
     if given.get("fit"):
         given["options"] = {**everywhere, **given.get("options", {})}
     return Cell(name, **given)
@@ -334,16 +399,16 @@ def _check(plan: str, cell: Cell, cells: Mapping[str, Cell], file: Path) -> None
     for named in cell.needs:
         if named != DATA and named not in cells:
             raise ValueError(_absent(plan, f"cell {cell.name}", named, cells))
-    kinds = [kind for kind in ("fit", "label", "mix") if getattr(cell, kind)]
+    kinds = [kind for kind in ("fit", "label", "mix", "write") if getattr(cell, kind)]
     if len(kinds) > 1:
         raise ValueError(f"{where} has {' and '.join(kinds)}: give it one of them")
     if cell.start and cell.model:
         raise ValueError(f"{where} has start and model: start is a cell, model one from elsewhere; give it one of them")
-    if cell.data != DATA and not (cells[cell.data].label or cells[cell.data].mix):
-        raise ValueError(f"{where} reads the data of {cell.data}, which makes none: name a cell with label or mix")
+    if cell.data != DATA and not cells[cell.data].makes_data:
+        raise ValueError(f"{where} reads the data of {cell.data}, which makes none: name a cell with label, mix or write")
     for key in ("start", "label"):
         other = cells.get(getattr(cell, key))
-        if other is not None and (other.label or other.mix):
+        if other is not None and other.makes_data:
             raise ValueError(f"{where} needs a model to {key} from, and {other.name} makes data")
     texts = [recipe(name, file).read_text(encoding="utf-8") for name in cell.fit]
     if not (cell.start or cell.model) and (not kinds or any("${start}" in text for text in texts)):
@@ -354,16 +419,72 @@ def _check(plan: str, cell: Cell, cells: Mapping[str, Cell], file: Path) -> None
         raise ValueError(f"{where} has rates and does not train: leave them out")
 
 
+def _check_drawing(plan: str, cell: Cell, cells: Mapping[str, Cell], file: Path, splits: Mapping[str, Any]) -> None:
+    """That a cell can be drawn from, if it shall be."""
+    where = f"{plan}: cell {cell.name}"
+    generator = _makes_generator(cell, cells, file)
+    if cell.measure is not None and generator:
+        raise ValueError(f"{where} makes a generator, which no score is asked of: give it draw in place of measure")
+    if cell.draw is None:
+        return
+    if cell.makes_data or not generator:
+        raise ValueError(f"{where} makes no generator to draw with: leave draw out, or let a recipe keep one (KeepGenerator)")
+    if "folder" in splits:
+        raise ValueError(f"{where} draws, and only the built-in world has a judge: leave out draw, or data's folder")
+    for name in cell.asked:
+        if cells[name].makes_data or _makes_generator(cells[name], cells, file):
+            raise ValueError(f"{where} lets {name} score its pictures, which makes no reward model: name a cell that does")
+    numbers, best = {"guidance": 0, "steps": 1, "best_of": 1}, {"best_of", "reward"}
+    for key, least in numbers.items():
+        value = cell.draw.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int if least else int | float) or value < least:
+            raise ValueError(f"{where}: draw: {key} must be a number of at least {least}, got {value!r}")
+    if len(best & cell.draw.keys()) == 1 or ("aggregation" in cell.draw and not best <= cell.draw.keys()):
+        raise ValueError(f"{where}: draw: best_of and reward go together: how many are drawn, and whose model chooses")
+    other = cell.draw.get("against")
+    if other is not None and cells[other].draw is None:
+        drawn = ", ".join(name for name, one in cells.items() if one.draw is not None and name != cell.name) or "none"
+        raise ValueError(f"{where} is drawn against {other!r}, which is not drawn; {drawn} is: give it `draw: {{}}`")
+
+
+def _makes_generator(cell: Cell, cells: Mapping[str, Cell], file: Path) -> bool:
+    """Whether a cell ends with a generator; of a model from elsewhere the plan says so by drawing."""
+    origin = cell
+    while origin.start and not origin.fit:
+        origin = cells[origin.start]
+    if origin.fit:
+        return any("KeepGenerator" in recipe(name, file).read_text(encoding="utf-8") for name in origin.fit)
+    return cell.draw is not None
+
+
 def _data(plan: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's data, checked."""
     if "folder" in entries:
         _known(f"{plan}: data", entries, {"folder"})
         return dict(entries)
-    _known(f"{plan}: data", entries, set(SPLITS))
+    return _sizes(f"{plan}: data", entries, SPLITS)
+
+
+def _sizes(where: str, entries: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+    """How much is written of each split, checked."""
+    _known(where, entries, set(splits))
     for split, size in entries.items():
         if not isinstance(size, Mapping) or set(size) != {"prompts", "candidates"}:
-            raise ValueError(f"{plan}: data: {split} is {{prompts: NUMBER, candidates: NUMBER}}, got {size!r}")
+            raise ValueError(f"{where}: {split} is {{prompts: NUMBER, candidates: NUMBER}}, got {size!r}")
     return {split: dict(size) for split, size in entries.items()}
+
+
+def _figures(plan: str, entries: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
+    """The plan's figures, checked but for the cells; a null takes one away."""
+    found = {title: panels for title, panels in entries.items() if panels is not None}
+    for title, panels in found.items():
+        rows = list(panels.values()) if isinstance(panels, Mapping) else [None]
+        if not all(isinstance(row, Mapping) and all(isinstance(cell, str) for cell in row.values()) for row in rows):
+            raise ValueError(f"{plan}: figures: {title} is {{PANEL: {{ROW: CELL}}}}, got {panels!r}")
+    return {
+        str(title): {str(panel): {str(row): cell for row, cell in rows.items()} for panel, rows in of.items()}
+        for title, of in found.items()
+    }
 
 
 def _known(where: str, entries: Mapping[str, Any], allowed: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import Tensor
 
-from zr.commands.comparing.cell import DISTRIBUTIONS, DONE, MEASURED
+from zr.commands.comparing import drawing
+from zr.commands.comparing.cell import DISTRIBUTIONS, DONE, MEASURED, product
 from zr.commands.comparing.jobs import Job, Runner
 from zr.commands.comparing.plan import Plan
-from zr.metrics import Choices, bootstrap_interval, compare, coupling_distances, evaluate
+from zr.metrics import Choices, ExpectedCalibrationError, bootstrap_interval, compare, coupling_distances, evaluate
 from zr.scores import ScoreDistribution
 from zr.version import __version__
 
-__all__ = ["gather"]
+__all__ = ["Answers", "gather"]
 
-MEASURES = ("ece", "nll", "rps", "off_scale", "tokens", "parameters")
+MEASURES = ("ece", "nll", "rps", "off_scale", "coupling", "tokens", "parameters")
+PICTURES = 4
+"""Pictures of the largest improvements, and as many of the largest failures."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,26 @@ class Answers:
         found: NDArray[np.float64] = self._stored["scores"].double().numpy()
         return found
 
+    @property
+    def votes(self) -> Tensor:
+        """``(N, D, K)`` annotators per bin."""
+        found: Tensor = self._stored["votes"]
+        return found
+
+    @property
+    def records(self) -> list[str]:
+        """N names of the records that the images belong to."""
+        return [key.rsplit(".", 1)[0] for key in self.about["keys"]]
+
     @cached_property
     def _stored(self) -> Any:
         return load_file(self.folder / DISTRIBUTIONS)
+
+    def reliability(self) -> dict[str, list[float]]:
+        """Points of the reliability plot of all dimensions together: ``confidence``, ``share``, ``weight``."""
+        metric = ExpectedCalibrationError()
+        metric.update(ScoreDistribution(self.q.logits.flatten(0, 1), self.about["bins"]), self.votes.flatten(0, 1))
+        return {name: part.tolist() for name, part in metric.curve()._asdict().items()}
 
     def minus(self, other: Answers) -> dict[str, Any]:
         """The paired difference of two cells' measures, per dimension and overall."""
@@ -71,11 +93,40 @@ class Answers:
         }
         known = ~np.isnan(self.scores)
         names = self.about["dimensions"]
-        return compare(self.mu, other.mu, self.scores, known, self.about["records"], names, choices=choices)
+        return compare(self.mu, other.mu, self.scores, known, self.records, names, choices=choices)
+
+    def moved(self, other: Answers, count: int) -> dict[str, list[dict[str, Any]]]:
+        """Images whose expected score is nearer to the annotators' than the other's, and those where it is farther away.
+
+        Args:
+            other: cell on the same images.
+            count: most images of each kind, each in the dimension in which its score moves most.
+
+        Returns:
+            ``nearer`` and ``farther``, the largest move first: ``key``, ``dimension``, ``before`` and ``after`` (the distances
+            to the annotators' score of the other and of this one), in score units.
+        """
+        before, after = (np.abs(mu - self.scores) for mu in (other.mu, self.mu))
+        found = {}
+        for name, gain in (("nearer", before - after), ("farther", after - before)):
+            largest = np.where(np.isnan(gain), 0.0, gain)
+            order = np.argsort(-largest.max(1), kind="stable")[:count]
+            places = [(i, int(largest[i].argmax())) for i in order.tolist()]
+            found[name] = [
+                {
+                    "key": self.about["keys"][i],
+                    "dimension": self.about["dimensions"][d],
+                    "before": float(before[i, d]),
+                    "after": float(after[i, d]),
+                }
+                for i, d in places
+                if largest[i, d] > 0
+            ]
+        return found
 
     def distance(self, teacher: Answers) -> dict[str, Any]:
         """Mean KL(teacher || it) in nats, and the share of the pairs that the teacher tells apart which both order alike."""
-        records, names = self.about["records"], self.about["dimensions"]
+        records, names = self.records, self.about["dimensions"]
         alike = evaluate(self.mu, teacher.mu, np.ones_like(self.mu), records, names)["overall"]["hpa"]
         kl = coupling_distances(teacher.q, self.q)[0].mean(-1).double().numpy()
         return {"kl": bootstrap_interval(_mean, kl, kl, records).to_dict(), "alike": alike}
@@ -86,32 +137,40 @@ def gather(plan: Plan, runner: Runner) -> dict[str, Any]:
 
     Returns:
         Plain data. ``cells``: by cell and seed, the table by :func:`zr.metrics.evaluate`, calibration (``ece``, ``nll``,
-        ``rps``), ``off_scale`` (None where the model does not tell), output ``tokens`` of a score, ``parameters``, ``teacher``
-        (distance to it), ``fit`` (rate and validation); what depends on the machine's speed stands under ``time``.
+        ``rps``, points of ``reliability``), ``off_scale`` (None where the model does not tell), ``coupling`` (None where it
+        writes no trace), output ``tokens`` of a score, ``parameters``, ``teacher`` (distance to it), ``fit`` (rate, validation
+        and its ``curve`` of steps and HPA); what depends on the machine's speed stands under ``time``.
         ``differences``: ``A - B`` by seed, with paired intervals. ``orderings``: of each neighbouring pair the difference of
-        HPA by seed, and whether it appears. ``missing``: cells and seeds that are not there.
+        HPA by seed, and whether it appears. ``pictures``: of the first seed, what of the last cell moved most against the
+        baseline (:meth:`Answers.moved`), or None. ``drawings``: of cells that were drawn from
+        (:func:`zr.commands.comparing.drawing.gather`). ``missing``: cells and seeds that are not there.
     """
     jobs = [Job(name, seed) for name in plan.measured for seed in plan.seeds]
     answers = {job: Answers(runner.folder(job)) for job in jobs if runner.done(job)}
     cells: dict[str, dict[str, Any]] = {}
     for job, found in answers.items():
-        entry = {**found.about["table"], **{name: found.about[name] for name in MEASURES}}
+        entry = {**found.about["table"], **{name: found.about[name] for name in MEASURES}, "reliability": found.reliability()}
         teacher = answers.get(Job(plan.teacher, job.seed))
         if teacher is not None and job.cell != plan.teacher:
             entry["teacher"] = found.distance(teacher)
         made = json.loads((runner.folder(job) / DONE).read_text())
         entry["fit"] = {name: made[name] for name in ("rate", "validation", "tried") if name in made}
+        if plan.cells[job.cell].fit:
+            entry["fit"]["curve"] = _curve(Path(product(runner.folder(job))))
         entry["time"] = {"seconds": made["seconds"], "ms_per_image": found.about["ms"]}
         cells.setdefault(job.cell, {})[str(job.seed)] = entry
     pairs = [(a, b) for chain in plan.ordering for b, a in pairwise(chain)]
     others = [name for name in plan.measured if plan.baseline and name != plan.baseline]
     pairs += [(name, plan.baseline) for name in others if (plan.baseline, name) not in pairs]
+    groups = [list(rows.values()) for panels in plan.figures.values() for rows in panels.values()]
+    pairs += [(name, first) for first, *rest in groups for name in rest if (first, name) not in pairs]
     differences: dict[str, dict[str, Any]] = {}
     for first, second in dict.fromkeys(pairs):
         for seed in plan.seeds:
             if {Job(first, seed), Job(second, seed)} <= answers.keys():
                 minus = answers[Job(first, seed)].minus(answers[Job(second, seed)])
                 differences.setdefault(f"{first} - {second}", {})[str(seed)] = minus
+    drawings, undrawn = drawing.gather(plan, runner)
     return {
         "plan": plan.name,
         "zr": __version__,
@@ -120,7 +179,9 @@ def gather(plan: Plan, runner: Runner) -> dict[str, Any]:
         "cells": cells,
         "differences": differences,
         "orderings": [_ordering(*pair, differences) for chain in plan.ordering for pair in pairwise(chain)],
-        "missing": [str(job) for job in jobs if job not in answers],
+        "pictures": _pictures(plan, answers),
+        "drawings": drawings,
+        "missing": [str(job) for job in [*(job for job in jobs if job not in answers), *undrawn]],
     }
 
 
@@ -129,6 +190,25 @@ def _ordering(lower: str, higher: str, differences: Mapping[str, Mapping[str, An
     found = {seed: table["overall"]["hpa"] for seed, table in differences.get(f"{higher} - {lower}", {}).items()}
     appears = bool(found) and all((interval["low"] or 0) > 0 for interval in found.values())
     return {"lower": lower, "higher": higher, "seeds": found, "appears": appears}
+
+
+def _pictures(plan: Plan, answers: Mapping[Job, Answers]) -> dict[str, Any] | None:
+    """What the teacher, or the last cell of the first ordering, moves of what the baseline said, for the first seed."""
+    cell = plan.teacher or next((chain[-1] for chain in plan.ordering if chain), "")
+    first, second = (Job(name, plan.seeds[0]) for name in (cell, plan.baseline))
+    if first == second or not {first, second} <= answers.keys():
+        return None
+    moved = answers[first].moved(answers[second], PICTURES)
+    return {"cell": first.cell, "baseline": second.cell, "seed": first.seed, **moved}
+
+
+def _curve(run: Path) -> list[list[float]]:
+    """Steps and mean HPA of a run's validations; none of one that did not validate."""
+    found = []
+    for file in run.glob("logs/version_*/metrics.csv"):
+        with file.open(encoding="utf-8", newline="") as lines:
+            found += [[int(row["step"]), float(row["val/hpa"])] for row in csv.DictReader(lines) if row.get("val/hpa")]
+    return sorted(found)
 
 
 def _mean(values: Any, same: Any, prompt: Any, weight: Any) -> Any:
