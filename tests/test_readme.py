@@ -1,9 +1,11 @@
 """What the README shows runs as it stands, with tiny models and small downloads where it names released ones."""
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,12 +17,16 @@ from published import compared, hpdv3, imagereward, koniq, picture, rated
 import zr
 from zr.cli import COMMANDS, TRAINING, main
 from zr.commands.configs import _names
-from zr.data import Index, shapes, write_shards
+from zr.data import Index, ScoreData, shapes, write_shards
+from zr.data.record import read_image
+from zr.losses import ScoreTarget
 from zr.models import RewardModel, SamplingRule, ScoreTokenHead, compose, reasoning, tiny_qwen3_vl
+from zr.scores import ScoreDistribution
 
 few_batches = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")  # as in other tiny runs
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = [block for kind, block in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL) if kind == "python"]
+ADDED = README.partition("\n## Add a part\n")[2].partition("\n## ")[0]
 SHELL = "".join(block for kind, block in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL) if kind == "bash")
 LINES = [shlex.split(line, comments=True)[1:] for line in SHELL.replace("\\\n", " ").splitlines() if line.startswith("zr ")]
 
@@ -103,7 +109,8 @@ def test_use(home) -> None:
 def test_blocks_are_short() -> None:
     assert PYTHON
     for text in PYTHON:
-        assert len([line for line in text.splitlines() if line]) < 10, text
+        most = 20 if text in ADDED else 10  # a part is a class, the others are calls
+        assert len([line for line in text.splitlines() if line]) < most, text
 
 
 def test_score_and_prompt(home, capsys) -> None:
@@ -145,6 +152,70 @@ def test_compose() -> None:
     names = execute("tiny_qwen3_vl", {"zr": zr, "torch": torch})
     assert names["scores"].mean.shape == (2, 4)
     assert names["images"].grad.abs().amax((1, 2, 3)).gt(0).all()
+
+
+@pytest.fixture
+def mine(home, monkeypatch):
+    """The section's parts as the module ``mine``, its YAML file, and shards of the built-in world."""
+    parts = [text for text in PYTHON if text in ADDED and "class " in text]
+    (home / "mine.py").write_text("import torch\nimport zr\n" + "".join(parts))
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", ADDED, re.DOTALL)
+    (home / "mine.yaml").write_text(recipe)
+    for split in ("train", "validation"):
+        write_shards(shapes.records(split, count=2, candidates=3), home / "zr-demo" / "data", shapes.rubric().scale, split)
+    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return importlib.import_module("mine")
+
+
+def test_add_a_loss(mine) -> None:
+    q = ScoreDistribution(torch.tensor([[0.5, 0.5], [0.0, 1.0]]).log(), (1.0, 2.0))  # means 1.5 and 2
+    value = mine.HuberLoss()(q, ScoreTarget.from_scores(torch.tensor([1.75, 4.0])))
+    assert value.tolist() == pytest.approx([0.5 * 0.25**2, 0.5 * (2.0 - 0.25)])
+
+
+def test_add_a_head_and_a_backbone(mine) -> None:
+    model = compose(mine.PatchBackbone(shapes.rubric()), mine.DeepHead)
+    images = torch.rand(2, 3, 48, 48, requires_grad=True)
+    scores = model(images=images, prompts=["red ring", "blue square"])
+    scores[:, 1].mean.sum().backward()
+    assert images.grad.abs().amax((1, 2, 3)).gt(0).all()
+    backbone, part = model.backbone, model.head.parts[2]
+    with torch.no_grad():
+        alone = model(images=images[1:], prompts=["blue square"], dimensions=["aesthetics"])
+        by_hand = part(backbone.net(images[1:])).log_softmax(-1)
+    torch.testing.assert_close(alone.logits[:, 0], by_hand)
+    torch.testing.assert_close(scores.logits[1:, 2], by_hand)
+    model.budget = 1  # one sample in a pass
+    torch.testing.assert_close(model(images=images, prompts=["red ring", "blue square"]).logits, scores.logits)
+
+
+@few_batches
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning")
+def test_added_parts_are_used_from_the_command_line(mine, home) -> None:
+    for line in [line for line in commands("fit", "--config", "zr:clip") if "mine" in " ".join(line)]:
+        short = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.log_every_n_steps=1"]
+        assert main([*line, *short]) == 0, shlex.join(line)
+    about = json.loads((home / "runs" / "mine" / "model" / "reward.json").read_text())
+    assert (about["backbone"], about["head"], about["head_config"]) == ("mine:PatchBackbone", "mine:DeepHead", {"width": 32})
+    (log,) = (home / "runs" / "mine").rglob("metrics.csv")
+    assert {"train/huber", "train/votes"} <= set(log.read_text().splitlines()[0].split(","))
+    with pytest.raises(ValueError, match="a class outside zr"):
+        zr.load("runs/mine")
+    assert zr.load("runs/huber").rubric == shapes.rubric()
+
+
+def test_add_a_data_source(home) -> None:
+    rows = [(i // 2, f"images/{i}.png", rater, 2 + i + 0.5 * (rater == "bob")) for i in range(3) for rater in ("ann", "bob")]
+    lines = [f"cube {prompt},{image},{rater},{score}" for prompt, image, rater, score in rows]
+    (home / "ratings.csv").write_text("prompt,image,rater,realism\n" + "\n".join(lines) + "\n")
+    execute("def ratings", {"zr": zr, "Path": Path})
+    data = ScoreData("data/rated", zr.Rubric.load("zr:direct"), validation=None, test="train")
+    (batch,) = data.test_dataloader()
+    assert batch.prompts == ["cube 0", "cube 0", "cube 1"]
+    realism = zr.Rubric.load("zr:direct").dimensions.index("realism")
+    assert batch.scores[:, realism].tolist() == [2.25, 3.25, 4.25]
+    assert torch.equal(batch.images[2], read_image((home / "images" / "2.png").read_bytes(), "here"))
 
 
 @pytest.mark.slow

@@ -39,6 +39,15 @@ def record(**changes):
     return Record(**{**given, **changes})
 
 
+def test_select_keeps_what_was_said_of_some_dimensions():
+    whole = record()
+    assert whole.select(["realism"]) == record(preferences={})
+    assert whole.select(["aesthetics"]) == record(scores={}, distributions={}, texts={})
+    assert whole.select(["aesthetics", "realism", "alignment"]) == whole
+    with pytest.raises(ValueError, match=r"give a list, \['realism'\]"):
+        whole.select("realism")
+
+
 def reasoned(off_scale=None, **changes):
     how = Reasoning(**({"traces": 2, "forced": 1, "tokens": 9, "spread": 0.1} | changes))
     label = LabelledDistribution((0.5, 0.5, 0.0), (), SCALE.scale_id, off_scale, how)

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -248,6 +248,34 @@ class Record:
                         raise ValueError(f"{place}.off_scale must be a probability, got {labelled.off_scale}: leave it out")
                     if labelled.reasoning is not None:
                         _check_reasoning(labelled.reasoning, labelled.traces, scale, f"{place}.reasoning")
+
+    def select(self, dimensions: Sequence[str]) -> Record:
+        """The same prompt and images with what was said of some dimensions only, for the scale of :meth:`zr.Rubric.select`.
+
+        Args:
+            dimensions: names; nothing need be said of them.
+
+        Raises:
+            ValueError: one name instead of a list.
+
+        Example:
+            >>> said = {d: {"a": {"ann": Annotation(4.5)}} for d in ("realism", "aesthetics")}
+            >>> list(Record("p1", "a red cube", (Candidate("a", b"..."),), scores=said).select(["realism"]).scores)
+            ['realism']
+        """
+        if isinstance(dimensions, str):
+            raise ValueError(f"dimensions is one text: give a list, [{dimensions!r}]")
+
+        def kept(said: Mapping[str, T]) -> dict[str, T]:
+            return {name: value for name, value in said.items() if name in dimensions}
+
+        return replace(
+            self,
+            scores=kept(self.scores),
+            preferences=kept(self.preferences),
+            distributions=kept(self.distributions),
+            texts=kept(self.texts),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data without the images, which :meth:`from_dict` takes beside it.
