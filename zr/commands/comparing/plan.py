@@ -120,7 +120,7 @@ class Plan:
         file: it was read from; recipes and modules of the user's own lie beside it.
         data: by split of the built-in world ``prompts`` and ``candidates``; or ``folder``, the user's own shards.
         seeds: each cell is run with each, of data, base and method.
-        cells: by name, ``data`` among them; in an order in which each comes after what it follows from.
+        cells: by name, ``data`` among them; as they are written, but each after what it follows from. In this order they run.
         split: that is measured on: ``test``, or ``validation`` for a search, which leaves the test split alone.
         baseline: the cell that all measured ones are compared with.
         teacher: the cell from whose distributions the others' distance is measured.
@@ -192,12 +192,12 @@ class Plan:
         for cell in found.values():
             _check(name, cell, found, file)
         try:
-            order = list(TopologicalSorter(graph).static_order())
+            TopologicalSorter(graph).prepare()
         except CycleError as error:
             raise ValueError(f"{name}: cells wait for each other: {' -> '.join(reversed(error.args[1]))}") from None
         for cell in found.values():
             _check_drawing(name, cell, found, file, splits)
-        cells = {DATA: Cell(DATA), **{key: found[key] for key in order}}
+        cells = {DATA: Cell(DATA), **{key: found[key] for key in _ordered(graph)}}
         plan = cls(
             name,
             file,
@@ -301,6 +301,21 @@ class Plan:
         names = {path.split(".")[0] for text in texts for path in MODULE.findall(text)}
         files = {name: self.file.parent / f"{name}.py" for name in sorted(names)}
         return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
+def _ordered(graph: Mapping[str, Sequence[str]]) -> list[str]:
+    """The nodes as they are written, but each after those that it points to."""
+    placed: dict[str, None] = {}
+
+    def place(name: str) -> None:
+        for other in graph[name]:
+            if other not in placed:
+                place(other)
+        placed[name] = None
+
+    for name in graph:
+        place(name)
+    return list(placed)
 
 
 def recipe(name: str, plan: Path) -> Path:
