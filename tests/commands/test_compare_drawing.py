@@ -437,16 +437,16 @@ def test_a_plan_of_tiny_generators(world: Path, tmp_path: Path) -> None:
         gain = (stored[name]["scores/judge"] - stored["start"]["scores/judge"]).mean()
         assert found["drawings"][name]["0"]["judge"]["overall"]["difference"]["estimate"] == pytest.approx(gain.item())
     assert improved["scorers"]["reward"]["overall"]["difference"]["estimate"] > 0.1  # it is what was optimised
-    (alarm,) = improved["ending"]["alarms"]
-    assert (alarm["monitor"], alarm["above"], alarm["stopped"]) == ("val/gap", 0.5, True)
-    steps = improved["ending"]["steps"]
-    gap = improved["history"]["gap"]
-    assert [step for step, _ in gap] == list(range(1, steps + 1))
-    assert steps < 6  # the first two in a row that are above the line end it
-    assert [value > 0.5 for _, value in gap][-2:] == [True, True]
-    assert (
-        f"improved, seed 0: stopped by its alarm, val/gap above 0.5, at step {steps} of 6" in (out / "results.md").read_text()
-    )
+    steps, history = improved["ending"]["steps"], improved["history"]
+    alarms = {alarm["monitor"]: (alarm["above"], alarm["stopped"]) for alarm in improved["ending"]["alarms"]}
+    assert {name: line for name, (line, _) in alarms.items()} == {"val/gap": 0.5, "val/drift": 0.1}
+    assert [step for step, _ in history["gap"]] == list(range(1, steps + 1))
+    assert steps < 6  # the first two in a row that are above a line end it
+    for name, (line, stopped) in alarms.items():
+        above = [value > line for _, value in history[name.removeprefix("val/")]]
+        assert [all(above[i : i + 2]) for i in range(steps - 1)] == [False] * (steps - 2) + [stopped]
+    which = " and ".join(f"{name} above {line:g}" for name, (line, stopped) in alarms.items() if stopped)
+    assert f"improved, seed 0: stopped by its alarm, {which}, at step {steps} of 6" in (out / "results.md").read_text()
     text = (out / "report.html").read_text()
     assert all(part in text for part in ("Text to image", "Before and after", "figure 5 of the paper", "Gains on start"))
     kept = {file: file.stat().st_mtime_ns for file in (out / "cells").rglob("*") if file.is_file()}
