@@ -1,13 +1,13 @@
 """What rewards do for a generator of the built-in world: held-out prompts, seen by the judge that no run optimises.
 
-    python benchmarks/generator.py RUN [RUN ...]                    one folder for each seed
-    python benchmarks/generator.py RUN --split validation --cells refl last-4 --rates 3e-5 1e-4 3e-4
-    python benchmarks/generator.py RUN --seconds 60 --prompts 100
+    zr compare zr:generators --only generator small-risd sft        its models, into zr-compare/generators
+    python benchmarks/generator.py zr-compare/generators
+    python benchmarks/generator.py zr-compare/generators --seeds 0 --split validation --cells refl last-4 --rates 3e-5 1e-4
+    python benchmarks/generator.py zr-compare/generators --seconds 60 --prompts 100
 
-A RUN holds ``data`` (prompts of train, validation and test), ``generator`` (zr fit --config zr:generator), the reward
-``student`` (zr:student_small) and what is held out, ``supervised`` (zr:supervised). All cells but the first two train for the
-same wall time on one core, ``--seconds``, by ``zr fit --config zr:text_to_image_small`` with one part changed; how many steps
-that are is measured first, in turn, in the same process:
+Of the plan's cells it takes the data, the ``generator``, the reward ``small-risd`` and what is held out, ``sft``. All cells
+but the first two train for the same wall time on one core, ``--seconds``, on prompts without annotations, by ``zr fit --config
+zr:text_to_image_small`` with one part changed; how many steps that are is measured first, in turn, in the same process:
 
     start        the generator as it is
     best-of-4    of four pictures of it for each prompt the one of the largest reward, which takes four times as long
@@ -20,8 +20,8 @@ that are is measured first, in turn, in the same process:
 Measured on the split's prompts, a picture for each from the same noise: the judge's mean score of each dimension, its
 difference from the start with a paired bootstrap over prompts, Good-Same-Bad (band half a bin) with its interval, and what the
 reward and the held-out scorer say. Curves: the judge on some validation prompts whenever the stage validates. Printed as a
-table, written to RUN/improved.json and RUN/improved.html; what is done is kept in RUN/improved, an interrupted run goes on.
-Runs train and draw without guidance, or with --guidance, in both.
+table, written to improved/seed-0.json and improved/seed-0.html in the plan's folder; what is done is kept in improved/seed-0,
+an interrupted run goes on. Runs train and draw without guidance, or with --guidance, in both.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from rich.console import Console
 from torch import Tensor
 
 import zr
+from zr.commands.comparing.cell import HELD_OUT, product
 from zr.commands.training import run as fit
 from zr.data import PromptBatch, read_prompts, shapes
 from zr.metrics import bootstrap_interval, gsb
@@ -85,7 +87,8 @@ BAND = 0.25
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("home", type=Path, help="of zr compare zr:generators")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--seconds", type=float, default=120.0, help="of training, in each cell")
@@ -98,20 +101,42 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     console = Console(width=190)
-    for run in options.runs:
+    for run in [Run(options.home.resolve(), seed) for seed in options.seeds]:
         found = measure(run, options)
-        (run / "improved.json").write_text(json.dumps(found, indent=2) + "\n")
-        write_page(run / "improved.html", report(found))
+        run.folder.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+        write_page(run.folder.with_suffix(".html"), report(found))
         console.print(table(found).terminal())
 
 
-def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All cells of a run."""
-    prompts = read_prompts(run / "data" / options.split)
-    prompts = prompts.select(slice(0, options.prompts))
-    found: dict[str, Any] = {"seed": seed_of(run), "cells": {}}
+@dataclass(frozen=True)
+class Run:
+    """A seed of the plan."""
+
+    home: Path
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where what is done here is kept."""
+        return self.home / "improved" / f"seed-{self.seed}"
+
+    def model(self, cell: str) -> Path:
+        """What a cell of the plan made; of ``data`` the shards to train on."""
+        return Path(product(self.home / "cells" / cell / f"seed-{self.seed}"))
+
+    def prompts(self, split: str, count: int) -> PromptBatch:
+        """The first prompts of validation or test."""
+        data = self.model("data")
+        found = read_prompts((data.parent / HELD_OUT if split == "test" else data) / split)
+        return found.select(slice(0, count))
+
+
+def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """All cells of a seed."""
+    prompts = run.prompts(options.split, options.prompts)
+    found: dict[str, Any] = {"seed": run.seed, "cells": {}}
     found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}, zr {zr.__version__}"
-    found["options"] = {name: value for name, value in vars(options).items() if name != "runs"}
+    found["options"] = {name: value for name, value in vars(options).items() if name not in ("home", "seeds")}
     start = once(run, "start", options, 0.0, lambda folder: {})
     before = judged(run, start, prompts, options, 1)
     for cell in options.cells:
@@ -124,11 +149,11 @@ def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def once(run: Path, cell: str, options: argparse.Namespace, rate: float, make: Any) -> dict[str, Any]:
+def once(run: Run, cell: str, options: argparse.Namespace, rate: float, make: Any) -> dict[str, Any]:
     """What a cell's folder keeps, made if it is not there."""
     settings = {name: getattr(options, name) for name in ("seconds", "guidance", "looks", "words")} | {"rate": rate}
     mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = run / "improved" / f"{cell}-{mark}"
+    folder = run.folder / f"{cell}-{mark}"
     done = folder / "done.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,17 +164,18 @@ def once(run: Path, cell: str, options: argparse.Namespace, rate: float, make: A
     return found
 
 
-def train(run: Path, cell: str, rate: float, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def train(run: Run, cell: str, rate: float, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Improve the generator for the time that is given."""
     rate = rate * FASTER.get(cell, 1.0)
-    words = ["fit", "--config", "zr:text_to_image_small", "--start", str(run / "generator"), "--folder", str(run / "data")]
-    words += ["--seed_everything", str(seed_of(run)), f"--model.seed={seed_of(run)}", "--trainer.accelerator=cpu"]
+    words = ["fit", "--config", "zr:text_to_image_small", "--start", str(run.model("generator"))]
+    words += ["--folder", str(run.model("data")), f"--data.train={run.model('data')}/unlabelled"]
+    words += ["--seed_everything", str(run.seed), f"--model.seed={run.seed}", "--trainer.accelerator=cpu"]
     words += ["--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     if options.guidance != 1:
         words += ["--model.generator.guidance=zr.models.generators.FullGuidance"]
         words += [f"--model.generator.guidance.scale={options.guidance}"]
-    words += [f"--model.rewards.student.scorer.source={run / 'student'}"]
-    words += [f"--model.held_out.scorer.source={run / 'supervised'}", f"--model.optimizer.lr={rate}"]
+    words += [f"--model.rewards.student.scorer.source={run.model('small-risd')}"]
+    words += [f"--model.held_out.scorer.source={run.model('sft')}", f"--model.optimizer.lr={rate}"]
     words += PATHS[cell] + options.words
     clock = Clock()
     fit([*words, "--run", str(folder / "timing"), "--trainer.max_steps=9", "--trainer.limit_val_batches=0"], callbacks=[clock])
@@ -182,8 +208,8 @@ class Clock(L.Callback):
 class Look(L.Callback):
     """What the judge says of some validation prompts, whenever the stage validates."""
 
-    def __init__(self, run: Path, count: int = 48) -> None:
-        self.prompts = read_prompts(run / "data" / "validation").select(slice(0, count))
+    def __init__(self, run: Run, count: int = 48) -> None:
+        self.prompts = run.prompts("validation", count)
         self.seen: list[dict[str, Any]] = []
         self.stopped = False
 
@@ -228,16 +254,14 @@ def score(images: Tensor, prompts: Sequence[str], scorer: Any = None) -> Tensor:
         )
 
 
-def judged(
-    run: Path, about: dict[str, Any], prompts: PromptBatch, options: argparse.Namespace, count: int
-) -> dict[str, Tensor]:
+def judged(run: Run, about: dict[str, Any], prompts: PromptBatch, options: argparse.Namespace, count: int) -> dict[str, Tensor]:
     """What judge, reward and held-out scorer say of a cell's pictures, of which the reward chooses one of ``count``."""
     path = Path(about["folder"]) / f"{options.split}-{len(prompts)}-{count}.pt"
     if not path.exists():
-        home = run / "generator" if Path(about["folder"]).name.startswith("start") else Path(about["folder"])
+        home = run.model("generator") if Path(about["folder"]).name.startswith("start") else Path(about["folder"])
         guidance = None if options.guidance == 1 else FullGuidance(options.guidance)
         generator = FlowGenerator.from_pretrained(home, guidance=guidance).eval()
-        reward, held = zr.load(run / "student").eval(), zr.load(run / "supervised").eval()
+        reward, held = zr.load(run.model("small-risd")).eval(), zr.load(run.model("sft")).eval()
         begin, drawn = time.perf_counter(), [draw(generator, prompts, number) for number in range(count)]
         with torch.no_grad():
             wanted = torch.stack([RiskAverse(0.5)(reward(images=images, prompts=prompts.prompts)) for images in drawn])
@@ -266,10 +290,6 @@ def compared(after: dict[str, Tensor], before: dict[str, Tensor], prompts: Promp
 
 def _gsb(new: Any, old: Any, prompt: Any, weight: Any) -> Any:
     return gsb(new, old, prompt, weight, band=BAND)
-
-
-def seed_of(run: Path) -> int:
-    return int(json.loads((run / "settings.json").read_text())["seed"])
 
 
 def table(found: dict[str, Any]) -> Table:

@@ -249,7 +249,7 @@ def test_a_digest_changes_with_recipes_and_modules_beside_the_plan(tmp_path: Pat
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("name", ["main", "search", "ablations", "curves", "sizes"])
+@pytest.mark.parametrize("name", ["main", "generators", "search", "ablations", "curves", "sizes"])
 def test_packaged_plans_hold_together_and_say_how_they_are_run(name: str) -> None:
     found = Plan.load(f"zr:{name}")
     assert found.file.read_text().splitlines()[0].endswith(f"  zr compare zr:{name}")

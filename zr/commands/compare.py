@@ -25,8 +25,8 @@ def compare(
 ) -> None:
     """Run a plan of experiments and compare its cells on one held-out split, with paired intervals and every seed singly.
 
-    PLAN is zr:main, zr:search, zr:ablations, zr:curves, zr:sizes, or a YAML file of your own. A loss of yours beside all the
-    methods of the paper is a file of a few lines, next to the module that has the loss:
+    PLAN is zr:main, zr:generators, zr:search, zr:ablations, zr:curves, zr:sizes, or a YAML file of your own. A loss of yours
+    beside all the methods of the paper is a file of a few lines, next to the module that has the loss:
 
       like: zr:main
       cells:
