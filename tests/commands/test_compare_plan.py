@@ -119,6 +119,10 @@ def test_figures_of_a_plan_name_measured_cells_and_a_null_takes_one_away() -> No
         "grpo-parsed": True,
         "gdso": False,
         "gdso-parsed": True,
+        "grpo-coarse": True,
+        "grpo-coarser": True,
+        "grpo-unblamed": True,
+        "grpo-heavy": True,
     }
 
 

@@ -81,10 +81,39 @@ def test_parsed_labels_are_rewarded_and_blamed():
     assert (share - probs[0]).abs().max() < 4 * math.sqrt(0.25 / 2000)
 
 
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (None, [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]),
+        (0.5, [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]),
+        (1.0, [1, 1, 2, 3, 3, 3, 4, 5, 5]),
+        (2.0, [1, 1, 1, 3, 3, 3, 5, 5, 5]),
+        (4.0, [1, 1, 1, 1, 1, 5, 5, 5, 5]),
+    ],
+)
+def test_a_coarse_text_says_the_nearest_of_its_scores(step, said):
+    """Each bin is drawn for sure; its own label is blamed."""
+    bins = [1 + i / 2 for i in range(9)]
+    sure = ScoreDistribution(torch.eye(9).log(), bins)
+    read, label = ParsedScore(step)(sure, range(9))
+    assert read.mean.tolist() == said
+    assert label.tolist() == list(range(9))
+
+
+def test_a_text_that_cannot_be_is_an_error():
+    with pytest.raises(ValueError, match=r"above 0, got 0"):
+        ParsedScore(step=0.0)
+    with pytest.raises(ValueError, match=r"label_weight must be at least 0, got -1"):
+        ParsedScore(label_weight=-1.0)
+    with pytest.raises(ValueError, match=r"a step of 0\.75 leads to scores that are no bins, such as 1\.75"):
+        ParsedScore(step=0.75)(ScoreDistribution(torch.eye(5).log(), [1, 1.5, 2, 2.5, 3]), range(5))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0, 4.0])
 @pytest.mark.parametrize("loss", [PolicyGradient(length=2.0), ClippedPolicyGradient(length=2.0)])
-def test_loss_of_a_drawn_label_by_hand(loss):
-    """A label's log-prob stands behind the trace's; its ratio is that of the labels' softmax."""
-    term = PolicyTerm(loss=loss, decoding=ParsedScore())
+def test_loss_of_a_drawn_label_by_hand(loss, weight):
+    """A label's log-prob stands behind the trace's; its ratio is that of the labels' softmax; its gradient has a weight."""
+    term = PolicyTerm(loss=loss, decoding=ParsedScore(label_weight=weight))
     log_probs = torch.tensor([[-1.0, -2.0, 7.0, 7.0]]).requires_grad_()
     raw = torch.tensor([[1.0, 2.0, 0.5]]).requires_grad_()
     q = ScoreDistribution(raw, BINS)
@@ -99,7 +128,7 @@ def test_loss_of_a_drawn_label_by_hand(loss):
     value.sum().backward()
     assert log_probs.grad.tolist()[0] == pytest.approx([0.75, 0.75, 0, 0])
     softmax = [math.exp(x) / sum(map(math.exp, (1, 2, 0.5))) for x in (1, 2, 0.5)]
-    assert raw.grad.tolist()[0] == pytest.approx([0.75 * (float(i == 1) - p) for i, p in enumerate(softmax)], abs=1e-6)
+    assert raw.grad.tolist()[0] == pytest.approx([0.75 * weight * (float(i == 1) - p) for i, p in enumerate(softmax)], abs=1e-6)
 
 
 def test_without_a_label_the_score_is_not_blamed():

@@ -19,6 +19,8 @@ __all__ = ["Credit", "Decoding", "ExpectedScore", "ParsedScore", "PolicyTerm", "
 class Decoding(nn.Module, ABC):
     """Which score of a rollout is rewarded."""
 
+    label_weight = 1.0
+
     @abstractmethod
     def forward(self, scores: ScoreDistribution, seeds: Sequence[int]) -> tuple[ScoreDistribution, Tensor | None]:
         """Read the answers of M rollouts.
@@ -42,14 +44,51 @@ class ExpectedScore(Decoding):
 
 
 class ParsedScore(Decoding):
-    """A label drawn from the distribution, as who parses the text of an answer has it: the ablation of the paper's figure 4."""
+    """A label drawn from the distribution, as who parses the text of an answer has it: the ablation of the paper's figure 4.
+
+    Args:
+        step: of the scores that the text can say, from the lowest bin upwards: the drawn one becomes the nearest of these (of
+            two as near, that an even number of steps up). None for all bins.
+        label_weight: of the drawn label's log-prob in the policy gradient, where a token of the trace has 1.
+
+    Raises:
+        ValueError: a step that is not positive, or that leads to scores which are no bins; a weight below 0.
+
+    Example:
+        >>> import torch
+        >>> from zr import ScoreDistribution
+        >>> drawn = ScoreDistribution(torch.tensor([[-9.0, 0.0, -9.0], [-9.0, -9.0, 0.0]]), (1.0, 1.5, 2.0))
+        >>> read, label = ParsedScore(step=1.0)(drawn, seeds=[0, 1])
+        >>> label.tolist(), read.mean.tolist()
+        ([1, 2], [1.0, 2.0])
+    """
+
+    def __init__(self, step: float | None = None, label_weight: float = 1.0) -> None:
+        super().__init__()
+        if step is not None and not step > 0:
+            raise ValueError(f"step is that of the scores which the text can say, above 0, got {step}")
+        if not label_weight >= 0:
+            raise ValueError(f"label_weight must be at least 0, got {label_weight}")
+        self.step = step
+        self.label_weight = label_weight
 
     def forward(self, scores: ScoreDistribution, seeds: Sequence[int]) -> tuple[ScoreDistribution, Tensor | None]:
-        """Distributions with all their mass on the drawn label."""
+        """Distributions with all their mass on what the drawn label says."""
         probs = scores.probs.detach().cpu().double()
         drawn = [torch.multinomial(row, 1, generator=_generator(seed)) for row, seed in zip(probs, seeds, strict=True)]
         label = torch.cat(drawn).to(scores.logits.device)
-        return ScoreDistribution(nn.functional.one_hot(label, probs.shape[-1]).to(scores.logits).log(), scores.bins), label
+        said = label if self.step is None else self._said(scores.bins, self.step)[label.cpu()].to(label)
+        return ScoreDistribution(nn.functional.one_hot(said, probs.shape[-1]).to(scores.logits).log(), scores.bins), label
+
+    @staticmethod
+    def _said(bins: Tensor, step: float) -> Tensor:
+        """The position of what a text of this step says for each bin."""
+        places = bins.double().cpu()
+        wanted = places[0] + step * torch.round((places - places[0]) / step)
+        near = (wanted[:, None] - places).abs()
+        if float(near.amin(-1).max()) > 1e-6:
+            raise ValueError(f"a step of {step} leads to scores that are no bins, such as {wanted[near.amin(-1).argmax()]:g}")
+        return near.argmin(-1)
 
 
 @dataclass(frozen=True)
@@ -158,12 +197,14 @@ class PolicyTerm(nn.Module):
         loss: Tensor = self.loss(log_probs, old, credit.advantage, mask)
         return loss
 
-    @staticmethod
-    def with_label(log_probs: Tensor, rollouts: Rollouts, credit: Credit, scores: ScoreDistribution) -> tuple[Tensor, Tensor]:
+    def with_label(
+        self, log_probs: Tensor, rollouts: Rollouts, credit: Credit, scores: ScoreDistribution
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and mask, with a column more where labels were drawn."""
         if credit.label is None:
             return log_probs, rollouts.mask
         drawn = scores.logits.gather(-1, credit.label[:, None])
+        drawn = drawn.detach() + self.decoding.label_weight * (drawn - drawn.detach())  # of its gradient, not of its value
         return torch.cat([log_probs, drawn], dim=-1), nn.functional.pad(rollouts.mask, (0, 1), value=True)
 
 
