@@ -6,7 +6,7 @@ Chats written by hand, one sequence at a time, no padding, no cache, no engine o
 import torch
 from torch import Tensor
 
-from zr.data import shapes
+from zr.data import Batch, shapes
 from zr.models import VLMBackbone, tiny_qwen3_5, tiny_qwen3_vl
 from zr.rubric import Rubric
 
@@ -22,6 +22,26 @@ def build(family: str, rubric: Rubric | None = None, seed: int = 0) -> VLMBackbo
     make, sizes = FAMILIES[family]
     rubric = rubric or shapes.rubric()
     return make(rubric, shapes.vocabulary, hidden_size=32, vision_size=16, vision_layers=2, seed=seed, **sizes)
+
+
+def unannotated(images: list[Tensor], prompts: list[str], prompt_index: list[int] | None = None) -> Batch:
+    """A batch of N images without a score; the prompts of all are different unless ``prompt_index`` says otherwise."""
+    count = len(prompts)
+    return Batch(
+        images=images,
+        prompts=prompts,
+        keys=[f"p{i}.a" for i in range(count)],
+        prompt_index=torch.tensor(prompt_index or range(count)),
+        scores=torch.full((count, 4), torch.nan),
+        known=torch.zeros(count, 4, dtype=torch.bool),
+        votes=torch.zeros(count, 4, 9),
+        teacher=None,
+        texts=None,
+        pairs=torch.zeros(0, 2, dtype=torch.int64),
+        pair_dimension=torch.zeros(0, dtype=torch.int64),
+        preference=None,
+        chosen=torch.zeros(0, dtype=torch.bool),
+    )
 
 
 def chat(prompt: str, instruction: str, images: int = 1, thinking: bool = False) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain import FAMILIES, build, chat, forward
+from plain import FAMILIES, build, chat, forward, unannotated
 
 from zr.commands.comparing.coupling import coupled
 from zr.data import Batch, shapes
@@ -28,22 +28,8 @@ class Watched(PrefixSampler):
 
 def batch(of: list[int]) -> Batch:
     generator = torch.Generator().manual_seed(3)
-    count = len(of)
-    return Batch(
-        images=[torch.randint(0, 256, (3, 32, 48), generator=generator, dtype=torch.uint8) for _ in of],
-        prompts=PROMPTS[:count],
-        keys=[f"p{i}.a" for i in range(count)],
-        prompt_index=torch.tensor(of),
-        scores=torch.full((count, 4), torch.nan),
-        known=torch.zeros(count, 4, dtype=torch.bool),
-        votes=torch.zeros(count, 4, 9),
-        teacher=None,
-        texts=None,
-        pairs=torch.zeros(0, 2, dtype=torch.long),
-        pair_dimension=torch.zeros(0, dtype=torch.long),
-        preference=None,
-        chosen=torch.zeros(0, dtype=torch.bool),
-    )
+    images = [torch.randint(0, 256, (3, 32, 48), generator=generator, dtype=torch.uint8) for _ in of]
+    return unannotated(images, PROMPTS[: len(of)], of)
 
 
 def model(family: str = "qwen3_vl") -> ReasoningReward:

@@ -37,7 +37,7 @@ def train(folder, rubric, loss, steps, pairs=None, words=("a photo",)):
     """A tiny CLIP on shards, through the real loader; the losses."""
     torch.manual_seed(0)
     model = compose(tiny_clip(rubric, lambda: words, image_size=24), OrdinalHead)
-    stage = Supervised(model, {"loss": Term(loss)}, partial(torch.optim.AdamW, lr=3e-3))
+    stage = Supervised(model, {"likeness": Term(loss)}, partial(torch.optim.AdamW, lr=3e-3))
     optimizer = stage.optimizer(stage.parameters())
     loader = ScoreData(folder, rubric, batch_size=8, pairs=pairs).train_dataloader()
     losses = []

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from plain import unannotated
 from torch.optim import SGD, AdamW
 
-from zr.data import Batch, shapes
+from zr.data import shapes
 from zr.models.generators import FlowGenerator, FlowSize, tiny_flow
 from zr.scores import ScoreDistribution
 from zr.stages import FlowMatching, KeepGenerator
@@ -18,26 +19,6 @@ SIZE = FlowSize(patch=16, width=16, layers=1, heads=2)
 
 def small(seed=0):
     return tiny_flow(shapes.vocabulary, SIZE, steps=2, seed=seed)
-
-
-def batch(images, prompts):
-    """Of one image for each prompt, with no scores."""
-    count = len(prompts)
-    return Batch(
-        images=images,
-        prompts=prompts,
-        keys=[f"p{i}.a" for i in range(count)],
-        prompt_index=torch.arange(count),
-        scores=torch.full((count, 4), torch.nan),
-        known=torch.zeros(count, 4, dtype=torch.bool),
-        votes=torch.zeros(count, 4, 9),
-        teacher=None,
-        texts=None,
-        pairs=torch.zeros(0, 2, dtype=torch.int64),
-        pair_dimension=torch.zeros(0, dtype=torch.int64),
-        preference=None,
-        chosen=torch.zeros(0, dtype=torch.bool),
-    )
 
 
 def pictures(count, seed=0):
@@ -104,7 +85,7 @@ def test_the_loss_is_worked_out_from_what_the_transformer_was_shown():
     module = stage()
     module.generator.transformer = Shown()
     found = logged(module)
-    loss = module.training_step(batch(images, prompts))
+    loss = module.training_step(unannotated(images, prompts))
     ((latents, time, words),) = module.generator.transformer.calls
     assert words.shape == (6, 12)
     assert bool(((time > 0) & (time < 1)).all())
@@ -124,8 +105,8 @@ def test_times_are_log_odds_normal_and_prompts_are_dropped():
     module = stage(location=-0.5, spread=0.8, drop_prompts=0.25)
     module.generator.transformer = Shown()
     logged(module)
-    module.training_step(batch(images, prompts))
-    module.training_step(batch(images, prompts))
+    module.training_step(unannotated(images, prompts))
+    module.training_step(unannotated(images, prompts))
     (_, first, words), (_, second, _) = module.generator.transformer.calls
     odds = torch.cat([first, second]).logit()
     assert float(odds.mean()) == pytest.approx(-0.5, abs=4 * 0.8 / 1200**0.5)
@@ -183,7 +164,7 @@ def test_it_learns_what_a_prompt_asks_for(trainer):
     generator = FlowGenerator(["red", "blue"], FlowSize(image=8, patch=4, width=16, layers=1, heads=2, words=1), steps=4)
     colours = {"red": (200, 40, 40), "blue": (40, 40, 200)}
     images = [torch.tensor(colours[p], dtype=torch.uint8)[:, None, None].expand(3, 8, 8) for p in ("red", "blue") * 16]
-    given = batch(images, ["red", "blue"] * 16)
+    given = unannotated(images, ["red", "blue"] * 16)
     module = stage(generator, optimizer=lambda p: AdamW(p, lr=0.01), warmup=0.0, decay=0.3)
     trainer(max_steps=150, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False).fit(
         module, Given(given), Given(given)
@@ -208,8 +189,8 @@ def test_wrong_inputs(data, trainer, tmp_path):
     for options in ({"drop_prompts": 1.5}, {"spread": 0.0}):
         with pytest.raises(ValueError, match="drop_prompts is a share in"):
             stage(**options)
-    wide = batch([torch.zeros(3, 48, 64, dtype=torch.uint8)], [shapes.prompts("train")[0]])
+    wide = unannotated([torch.zeros(3, 48, 64, dtype=torch.uint8)], [shapes.prompts("train")[0]])
     with pytest.raises(ValueError, match="image 0 is 64 x 48, the generator makes 48 x 48: resize it"):
         stage().training_step(wide)
     with pytest.raises(ValueError, match=re.escape("prompt 0: 'circle' is none of the generator's")):
-        stage().training_step(batch(pictures(1), ["red circle"]))
+        stage().training_step(unannotated(pictures(1), ["red circle"]))

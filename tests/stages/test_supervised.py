@@ -208,3 +208,9 @@ def test_nothing_to_learn_is_refused(parts):
         Supervised(given["model"], terms={"votes": Term(given["terms"]["votes"].loss, weight=0.0)})
     with pytest.raises(ValueError, match="terms has no loss with a positive weight"):
         Supervised(given["model"], terms={})
+
+
+def test_a_term_cannot_have_the_name_of_the_whole(parts):
+    given = parts()
+    with pytest.raises(ValueError, match="give the term 'loss' another name"):
+        Supervised(given["model"], terms={"loss": given["terms"]["votes"]})

@@ -26,7 +26,7 @@ class Supervised(ScoringStage):
         decay: share of all steps, at the end, in which it falls to 0.
 
     Raises:
-        ValueError: no term with a positive weight.
+        ValueError: no term with a positive weight, a term named ``loss``.
 
     Reference: the SFT baseline of Z-Reward (arXiv 2606.09076) is one term, :class:`zr.losses.BinCrossEntropy` or one of its
     kin.
@@ -43,6 +43,8 @@ class Supervised(ScoringStage):
         super().__init__(model, optimizer, warmup, decay)
         if not any(term.weight for term in terms.values()):
             raise ValueError("terms has no loss with a positive weight: there is nothing to learn")
+        if "loss" in terms:
+            raise ValueError("terms: train/loss is their weighted sum in the log; give the term 'loss' another name")
         self.terms = nn.ModuleDict(terms)
         self.keep_plain_hyperparameters()
 
