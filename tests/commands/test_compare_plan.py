@@ -1,5 +1,6 @@
 """Plans: what they take over, what they refuse before anything runs, and when a cell counts as another one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,17 @@ def test_the_search_tries_the_same_rates_for_every_method() -> None:
     assert len(trained) > 8
     assert {cell.rates for cell in trained} == {(0.0003, 0.001, 0.003)}
     assert not any(cell.rates for cell in Plan.load("zr:main").cells.values())
+
+
+def test_main_has_the_rates_that_the_search_found() -> None:
+    """By the committed result: of each row the rate whose validation is the highest, as printed."""
+    told = (Path(__file__).parents[2] / "docs/results/search.md").read_text(encoding="utf-8").split("## Learning rates")[1]
+    rows = re.findall(r"^\| ([\w-]+), seed 0 \| (.+?) \| ([\d.]+) \|$", told, flags=re.MULTILINE)
+    main = Plan.load("zr:main").cells
+    assert {name for name, _, _ in rows} == {
+        n for n, cell in Plan.load("zr:search").cells.items() if cell.rates and cell.measure is not None
+    }
+    for name, tried, chosen in rows:
+        found = {float(rate): float(hpa) for rate, hpa in (part.split(": ") for part in tried.split(", "))}
+        assert found[float(chosen)] == max(found.values())
+        assert main[name].options["model.optimizer.init_args.lr"] == float(chosen)
