@@ -47,7 +47,7 @@ from rich.console import Console
 from torch import Tensor
 
 import zr
-from zr.commands.comparing.cell import HELD_OUT, product
+from zr.commands.comparing.cell import DONE, HELD_OUT, digest, product
 from zr.commands.training import run as fit
 from zr.data import PromptBatch, read_prompts, shapes
 from zr.metrics import bootstrap_interval, gsb
@@ -81,6 +81,9 @@ CELLS = ["start", "best-of-4", *PATHS]
 FASTER = {"free": 10.0, "lora": 3.0}
 """What a cell's learning rate is multiplied by."""
 
+NEEDED = ("data", "generator", "small-risd", "sft")
+"""Cells of the plan that are read."""
+
 BAND = 0.25
 """Half a bin: pictures whose scores differ by no more are the same."""
 
@@ -101,7 +104,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     console = Console(width=190)
-    for run in [Run(options.home.resolve(), seed) for seed in options.seeds]:
+    runs = [Run(options.home.resolve(), seed) for seed in options.seeds]
+    for missing in (job for run in runs for job in run.missing()):
+        raise SystemExit(f"{options.home} has no finished cell {missing}: run the zr compare of the first lines of --help")
+    for run in runs:
         found = measure(run, options)
         run.folder.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
         write_page(run.folder.with_suffix(".html"), report(found))
@@ -120,9 +126,17 @@ class Run:
         """Where what is done here is kept."""
         return self.home / "improved" / f"seed-{self.seed}"
 
+    def missing(self) -> list[str]:
+        """Cells that are not done."""
+        return [f"{cell}, seed {self.seed}" for cell in NEEDED if not (self.made(cell) / DONE).is_file()]
+
+    def made(self, cell: str) -> Path:
+        """Where a cell of the plan is kept."""
+        return self.home / "cells" / cell / f"seed-{self.seed}"
+
     def model(self, cell: str) -> Path:
         """What a cell of the plan made; of ``data`` the shards to train on."""
-        return Path(product(self.home / "cells" / cell / f"seed-{self.seed}"))
+        return Path(product(self.made(cell)))
 
     def prompts(self, split: str, count: int) -> PromptBatch:
         """The first prompts of validation or test."""
@@ -152,6 +166,7 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 def once(run: Run, cell: str, options: argparse.Namespace, rate: float, make: Any) -> dict[str, Any]:
     """What a cell's folder keeps, made if it is not there."""
     settings = {name: getattr(options, name) for name in ("seconds", "guidance", "looks", "words")} | {"rate": rate}
+    settings["models"] = [digest(run.made(name) / DONE) for name in NEEDED]
     mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = run.folder / f"{cell}-{mark}"
     done = folder / "done.json"

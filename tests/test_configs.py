@@ -205,6 +205,9 @@ def stage(world: Path, *recipes: str, options: tuple[str, ...] = ()):
 def test_baselines_of_the_teacher_that_need_one_thing_more(world: Path) -> None:
     parsed = stage(world, "zr:teacher_small", "zr:grpo", "zr:parsed")
     assert (type(parsed.policy_term.decoding).__name__, losses(parsed)) == ("ParsedScore", {})
+    options = ("--model.policy.decoding.step=2.0", "--model.policy.decoding.label_weight=8")  # as the cells of zr:ablations
+    coarse = stage(world, "zr:teacher_small", "zr:grpo", "zr:parsed", options=options).policy_term.decoding
+    assert (coarse.step, coarse.label_weight) == (2.0, 8.0)
     order = stage(world, "zr:teacher_small", options=("--model.terms.pairwise.loss=zr.losses.BradleyTerryLoss",))
     assert losses(order) == GDSO | {"pairwise": ("BradleyTerryLoss", 0.5)}
     assert order.policy.head.with_off_scale

@@ -13,7 +13,7 @@ TRAINING = {
     "predict": "write a stage's distributions for a split",
 }
 COMMANDS = {
-    "demo": "the main job on the built-in world: shards, base model, supervised model, report",
+    "demo": "the whole way on the built-in world: base, teacher, labels, student, an improved generator, report",
     "score": "score images with a saved or a plain vision-language model",
     "label": "a model's distributions into copies of shards, for a student to learn from",
     "agreement": "a student beside its teacher on the same images: agreement, where they disagree most, cost",

@@ -46,6 +46,10 @@ def test_data_and_models_are_where_the_readme_says(tmp_path, monkeypatch, seed):
     assert (tmp_path / "zr-demo" / "teacher" / "mine").is_file()
     with pytest.raises(ValueError, match="other settings"):
         demo(tmp_path / "zr-demo", seed + 1)
+    with monkeypatch.context() as patch:  # a new version makes other models, and would leave the user's as they are
+        patch.setattr("zr.commands.comparing.plan.__version__", "9")
+        with pytest.raises(ValueError, match=r"base is of an earlier run, and you may have trained on it: move it away"):
+            demo(tmp_path / "zr-demo", seed)
     home = shutil.move(tmp_path / "zr-demo", tmp_path / "moved")
     for name in MODELS:
         kept = zr.load(Path(home) / "cells" / name / f"seed-{seed}" / "run")

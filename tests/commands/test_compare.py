@@ -101,7 +101,10 @@ def test_a_loss_of_ones_own_is_one_more_line_and_the_test_split_is_read_once(hom
     assert "sft &lt; sft does not appear" in lead[: lead.index("</li>")]
     kept = {file: file.stat().st_mtime_ns for file in (out / "cells").rglob("*") if file.is_file()}
     compare(plan, out)  # all is done
+    compare(written(home, "another"), out)  # so it is for a plan with the same cells, whose report lies beside
     assert kept == {file: file.stat().st_mtime_ns for file in (out / "cells").rglob("*") if file.is_file()}
+    assert [json.loads((place / "results.json").read_text())["plan"] for place in (out, out / "another")] == ["plan", "another"]
+    assert (out / "another" / "report.html").is_file()
 
 
 def test_a_failed_cell_is_told_with_its_log_and_the_others_go_on(home: Path, capsys) -> None:

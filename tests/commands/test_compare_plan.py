@@ -101,11 +101,23 @@ def plan(**entries) -> Plan:
         ({"cells": {"a": {"write": {"test": {"prompts": 2, "candidates": 2}}}}}, "cell a: write: there is no entry 'test'"),
         ({"cells": {"a": {"write": {"curated": 5}}}}, "write: curated is {prompts: NUMBER, candidates: NUMBER}, got 5"),
         ({"cells": {"a": {**CURATED, "fit": "zr:look"}}}, "cell a has fit and write"),
+        ({"cells": ["sft"]}, "plan: cells must be a mapping of names to cells, got ['sft']"),
+        ({"seeds": 3}, "plan: seeds must be a list of whole numbers such as [0, 1, 2], got 3"),
+        ({"ordering": ["base", "sft"]}, "ordering must be a list of chains such as [[sft, gdso]], got ['base', 'sft']"),
+        ({"cells": {"base": {**BASE, "rates": 0.001}}}, "cell base: rates must be a list, got 0.001"),
+        (
+            {"cells": {"base": {**BASE, "rates": "0.001"}}},
+            "rates must be a list of numbers such as [0.0003, 0.001], got ('0.001',)",
+        ),
+        (
+            {"cells": {"base": {**BASE, "paper": ["27B", "Sft"]}}},
+            "paper is a row of the paper's tables, got ('27B', 'Sft'); there",
+        ),
         ({"cells": DRAWN | {"b": {**SFT, "start": "curated"}}}, "needs a model to start from, and curated makes data"),
     ],
 )
 def test_a_plan_that_cannot_run_is_one_clear_error(entries: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         plan(**entries)
 
 
@@ -165,7 +177,7 @@ def test_a_cell_and_a_plan_may_be_like_another_one(tmp_path: Path) -> None:
     }
     child = {
         "like": "parent.yaml",
-        "cells": {"mine": {"like": "sft", "options": {"model.terms.score.loss": "my.Loss"}, "paper": None}},
+        "cells": {"mine": {"like": "sft", "options": {"model.terms.score.loss": "my.Loss"}}},
     }
     (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent))
     (tmp_path / "child.yaml").write_text(yaml.safe_dump(child))

@@ -82,7 +82,7 @@ def test_learning_curves_are_read_from_the_log_of_the_run_that_was_kept(tmp_path
     logs.mkdir(parents=True)
     (logs / "metrics.csv").write_text("step,train/loss,val/hpa\n4,1.5,\n9,,0.5\n19,,0.75\n")
     cells = gather(plan(), runner)["cells"]
-    assert cells["sft"]["3"]["fit"]["curve"] == [[9, 0.5], [19, 0.75]]
+    assert cells["sft"]["3"]["fit"]["curve"] == [[10, 0.5], [20, 0.75]]
     assert cells["gdso"]["3"]["fit"]["curve"] == []
 
 

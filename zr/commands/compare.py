@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def compare(
         mine: {like: sft, options: {model.terms.score.loss: my_losses.Mine}}
 
     OUT gets results.json, results.md, report.html and a folder for each cell and seed, with its log, model and distributions.
+    Plans may share a folder and the cells that both have; the report of the second one lies in a folder with the plan's name.
     Run the same command again after an interruption of any kind: what is done stays. A cell whose settings have changed is
     run again, with all that follows from it. Each cell is a process with one thread, so that neither --parallel nor what else
     runs changes a number. The split that is measured on lies apart from the others and is read once for each cell and seed; the
@@ -100,10 +102,11 @@ def carry_out(
             failed = error
         results = gather(plan, runner)
         if results["cells"] or results["drawings"]:
-            write_json(home / "results.json", results)
-            (home / "results.md").write_text(markdown(plan, results), encoding="utf-8")
+            place = _place(home, plan)
+            write_json(place / "results.json", results)
+            (place / "results.md").write_text(markdown(plan, results), encoding="utf-8")
             moved = changes(results["drawings"], runner.folder)
-            write_page(home / "report.html", page(plan, results, pictures(results, runner), moved))
+            write_page(place / "report.html", page(plan, results, pictures(results, runner), moved))
     if failed is not None:
         raise failed
     for line in leads(results):
@@ -111,7 +114,15 @@ def carry_out(
     if results["cells"] or results["drawings"]:
         for table in [table for group in tables(plan, results).values() for table in group][:2]:
             console.print(table.terminal())
-        console.print(
-            plain(f"all tables: {home / 'report.html'}, {home / 'results.md'}, {home / 'results.json'}"), markup=False
-        )
+        files = ", ".join(str(place / name) for name in ("report.html", "results.md", "results.json"))
+        console.print(plain(f"all tables: {files}"), markup=False)
     return runner
+
+
+def _place(home: Path, plan: Plan) -> Path:
+    """Where a plan's report goes: its folder, or one in it where another plan's report stands there."""
+    told = home / "results.json"
+    if not told.is_file() or json.loads(told.read_text(encoding="utf-8"))["plan"] == plan.name:
+        return home
+    (home / plan.name).mkdir(exist_ok=True)
+    return home / plan.name

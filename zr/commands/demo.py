@@ -37,18 +37,30 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
     from zr.commands.results import write_json
 
     settings = folder / "settings.json"
-    if settings.is_file() and (found := json.loads(settings.read_text())) != {"seed": seed}:
-        raise ValueError(f"{folder} holds a demo with other settings ({found}): choose another folder, or remove it")
+    found = json.loads(settings.read_text()) if settings.is_file() else {"seed": seed, "copies": {}}
+    if found["seed"] != seed:
+        raise ValueError(
+            f"{folder} holds a demo with other settings (seed {found['seed']}): choose another folder, or remove it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, {"seed": seed})
-    console = Console()
-    runner = carry_out(replace(Plan.load("zr:demo"), seeds=(seed,)), folder, console)
-    for name in MODELS:
-        if not (folder / name).exists():
+    write_json(settings, found)
+    copies: dict[str, str] = found.get("copies", {})
+    console, plan = Console(), replace(Plan.load("zr:demo"), seeds=(seed,))
+    runner = carry_out(plan, folder, console)
+    for name in (*MODELS, DATA):
+        made = plan.digest(name, seed)
+        if (folder / name).exists() and copies.get(name) == made:
+            continue
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is of an earlier run, and you may have trained on it: move it away, then run again"
+            )
+        write_json(settings, {"seed": seed, "copies": (copies := copies | {name: made})})
+        if name in MODELS:
             _copy(Path(product(runner.folder(Job(name, seed)))), folder / name)
-    if not (folder / "data").exists():
-        data, curated = runner.folder(Job(DATA, seed)), runner.folder(Job("curated", seed))
-        _join([Path(product(data)), data / HELD_OUT, Path(product(curated))], folder / "data")
+        else:
+            data, curated = runner.folder(Job(DATA, seed)), runner.folder(Job("curated", seed))
+            _join([Path(product(data)), data / HELD_OUT, Path(product(curated))], folder / "data")
     console.print(f"data and models: {folder / 'data'}, {', '.join(str(folder / name) for name in MODELS)}", markup=False)
 
 

@@ -20,6 +20,7 @@ class Decoding(nn.Module, ABC):
     """Which score of a rollout is rewarded."""
 
     label_weight = 1.0
+    """Of a drawn label's log-prob in the policy gradient, where a token of the trace has 1."""
 
     @abstractmethod
     def forward(self, scores: ScoreDistribution, seeds: Sequence[int]) -> tuple[ScoreDistribution, Tensor | None]:
@@ -52,7 +53,7 @@ class ParsedScore(Decoding):
         label_weight: of the drawn label's log-prob in the policy gradient, where a token of the trace has 1.
 
     Raises:
-        ValueError: a step that is not positive, or that leads to scores which are no bins; a weight below 0.
+        ValueError: a step that is not positive, a weight below 0.
 
     Example:
         >>> import torch
@@ -73,7 +74,11 @@ class ParsedScore(Decoding):
         self.label_weight = label_weight
 
     def forward(self, scores: ScoreDistribution, seeds: Sequence[int]) -> tuple[ScoreDistribution, Tensor | None]:
-        """Distributions with all their mass on what the drawn label says."""
+        """Distributions with all their mass on what the drawn label says.
+
+        Raises:
+            ValueError: a step that leads to scores which are no bins.
+        """
         probs = scores.probs.detach().cpu().double()
         drawn = [torch.multinomial(row, 1, generator=_generator(seed)) for row, seed in zip(probs, seeds, strict=True)]
         label = torch.cat(drawn).to(scores.logits.device)

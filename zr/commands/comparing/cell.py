@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zr.commands.comparing.validations import validations
 from zr.commands.results import write_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from zr.models import RewardModel
     from zr.rubric import Rubric
 
-__all__ = ["DISTRIBUTIONS", "DONE", "DRAWN", "HELD_OUT", "JOB", "LOG", "MEASURED", "PICTURES", "product", "run"]
+__all__ = ["DISTRIBUTIONS", "DONE", "DRAWN", "HELD_OUT", "JOB", "LOG", "MEASURED", "PICTURES", "digest", "product", "run"]
 
 JOB, LOG, DONE, MEASURED, DISTRIBUTIONS = "job.json", "log.txt", "done.json", "measured.json", "distributions.safetensors"
 DRAWN, PICTURES = "drawn.json", "pictures.safetensors"
@@ -43,7 +44,7 @@ def product(folder: Path) -> str:
 def run(folder: Path) -> None:
     """Do what ``folder/job.json`` says and is not done yet."""
     job = json.loads((folder / JOB).read_text())
-    if _digest(folder / DONE) != job["digest"]:
+    if digest(folder / DONE) != job["digest"]:
         begin = time.perf_counter()
         about = _make(job, folder)
         seconds = round(time.perf_counter() - begin, 1)
@@ -56,8 +57,10 @@ def run(folder: Path) -> None:
         write_json(folder / DRAWN, {"digest": job["drawn"], **draw(job, folder)})
 
 
-def _digest(file: Path) -> str:
-    return json.loads(file.read_text())["digest"] if file.is_file() else ""
+def digest(file: Path) -> str:
+    """Of the settings with which a file was made; nothing of one that is not there."""
+    found: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    return found.get("digest", "")
 
 
 def _make(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -170,7 +173,8 @@ def _fit(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         words += _training_split(job)
         words += [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
         train(["fit", *words], callbacks=[ending])
-        tried[name] = {"rate": rate, "validation": _validation(folder / name), "ending": ending.about}
+        reached = [value for _, value in validations(folder / name).get("hpa", [])]
+        tried[name] = {"rate": rate, "validation": max(reached, default=None), "ending": ending.about}
     if len(tried) > 1 and any(t["validation"] is None for t in tried.values()):
         raise ValueError(f"cell {cell['name']} chooses its rate on validation, and nothing was validated: leave rates out")
     best = max(tried, key=lambda name: tried[name]["validation"] or 0.0)
@@ -195,17 +199,6 @@ def _option(job: Mapping[str, Any], given: Any) -> str:
         if f"{{{name}}}" in value:
             value = value.replace(f"{{{name}}}", product(Path(folder)))
     return value
-
-
-def _validation(run: Path) -> float | None:
-    """The best validation of a run: that of the model which is kept."""
-    import csv
-
-    values = []
-    for file in run.glob("logs/version_*/metrics.csv"):
-        with file.open(encoding="utf-8", newline="") as lines:
-            values += [float(row["val/hpa"]) for row in csv.DictReader(lines) if row.get("val/hpa")]
-    return max(values, default=None)
 
 
 def _measure(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:

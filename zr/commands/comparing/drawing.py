@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zr.commands.comparing.cell import DONE, DRAWN, HELD_OUT, PICTURES, product
 from zr.commands.comparing.jobs import Job, Runner
 from zr.commands.comparing.plan import DATA, Plan
+from zr.commands.comparing.validations import validations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def draw(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "prompts": prompts.prompts,
         "dimensions": {name: list(scorer.rubric.dimensions) for name, scorer in scorers.items()},
         "ms": round(1e3 * seconds / len(prompts), 2),
-        "history": _history(Path(product(folder))) if cell["fit"] else {},
+        "history": validations(Path(product(folder))) if cell["fit"] else {},
     }
 
 
@@ -111,18 +111,6 @@ def _scores(scorer: Scorer, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def _parts(count: int) -> Iterator[slice]:
     return (slice(start, start + BATCH) for start in range(0, count, BATCH))
-
-
-def _history(run: Path) -> dict[str, list[list[float]]]:
-    """By name of a measure of validation, after how many steps it had which value."""
-    found: dict[str, list[list[float]]] = {}
-    for file in run.glob("logs/version_*/metrics.csv"):
-        with file.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if name.startswith("val/") and value:  # steps are numbered from 0
-                        found.setdefault(name.removeprefix("val/"), []).append([int(row["step"]) + 1, float(value)])
-    return found
 
 
 def gather(plan: Plan, runner: Runner) -> tuple[dict[str, Any], list[Job]]:

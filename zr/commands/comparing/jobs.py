@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from zr.commands.comparing.cell import DONE, DRAWN, JOB, LOG, MEASURED
+from zr.commands.comparing.cell import DONE, DRAWN, JOB, LOG, MEASURED, digest
 from zr.commands.comparing.plan import Plan
 from zr.commands.results import write_json
 from zr.report.text import plain
@@ -90,7 +89,7 @@ class Runner:
         wanted = {DONE: self.plan.digest(*place)}
         wanted |= {} if cell.measure is None else {MEASURED: self.plan.measured_digest(*place)}
         wanted |= {} if cell.draw is None else {DRAWN: self.plan.drawn_digest(*place)}
-        return all(_digest(self.folder(job) / file) == digest for file, digest in wanted.items())
+        return all(digest(self.folder(job) / file) == made for file, made in wanted.items())
 
     def forget(self, cells: Sequence[str]) -> None:
         """Let cells, and what follows from them, be run again; of a cell whose pictures they score only the drawing."""
@@ -187,8 +186,3 @@ class Runner:
         others = f"; also failed: {'; '.join(map(str, failed[1:]))}" if failed[1:] else ""
         left = f"; not run, since they need it: {'; '.join(map(str, waiting))}" if waiting else ""
         return f"cell {first} failed{others}{left}. The last lines of {log}:\n" + "\n".join(lines)
-
-
-def _digest(file: Path) -> str:
-    found: Mapping[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    return found.get("digest", "")

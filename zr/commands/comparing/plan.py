@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from zr.commands.comparing.paper import FIGURES
 from zr.commands.configs import PREFIX, packaged
 from zr.version import __version__
 
@@ -58,7 +59,7 @@ class Cell:
             not at all. ``guidance`` and ``steps`` as in ``zr draw``; ``best_of`` so many, chosen by the model of the cell
             ``reward`` and an ``aggregation``, the mean without one; ``scorers``, cells whose models score the pictures too;
             ``against``, the drawn cell whose pictures of the same prompts and noise they are compared with.
-        paper: size and method of the paper's row beside which it is shown.
+        paper: size and method of the paper's row beside which it is shown; the one entry that ``like`` does not take over.
     """
 
     name: str
@@ -182,6 +183,9 @@ class Plan:
         """
         allowed = {f.name for f in fields(cls)} - {"name", "file"} | {"options"}
         _known(name, entries, allowed)
+        _shape(f"{name}: cells", entries.get("cells") or {}, Mapping, "a mapping of names to cells")
+        _each(f"{name}: seeds", entries.get("seeds") or (), int, "a list of whole numbers such as [0, 1, 2]")
+        _each(f"{name}: ordering", entries.get("ordering") or (), list | tuple, "a list of chains such as [[sft, gdso]]")
         written: dict[str, Any] = {key: value for key, value in (entries.get("cells") or {}).items() if value is not None}
         if not written:
             raise ValueError(f"{name}: a plan needs cells")
@@ -380,7 +384,12 @@ def _likeness(plan: str, name: str, cells: Mapping[str, Any], seen: tuple[str, .
         raise ValueError(f"{plan}: cell {name} must be a mapping such as {{fit: [zr:supervised]}}, got {cells[name]!r}")
     own = dict(cells[name])
     other = own.pop("like", None)
-    return own if other is None else _merged(_likeness(plan, other, cells, (*seen, name)), own)
+    if other is None:
+        return own
+    parent = _likeness(plan, other, cells, (*seen, name))
+    return _merged(
+        {key: value for key, value in parent.items() if key != "paper"}, own
+    )  # a cell of one's own is not the paper's
 
 
 def _cell(plan: str, name: str, entries: Mapping[str, Any], everywhere: Mapping[str, Any]) -> Cell:
@@ -391,10 +400,14 @@ def _cell(plan: str, name: str, entries: Mapping[str, Any], everywhere: Mapping[
     given = {key: value for key, value in entries.items() if value is not None}
     for key in ("fit", "splits", "rates", "paper"):
         if key in given:
+            _shape(f"{plan}: cell {name}: {key}", given[key], list | tuple | str, "a list")
             given[key] = tuple([given[key]] if isinstance(given[key], str) else given[key])
     for key in ("options", "mix", "write", "measure", "draw"):
-        if not isinstance(given.get(key, {}), Mapping):
-            raise ValueError(f"{plan}: cell {name}: {key} must be a mapping, got {given[key]!r}")
+        _shape(f"{plan}: cell {name}: {key}", given.get(key, {}), Mapping, "a mapping")
+    _each(f"{plan}: cell {name}: rates", given.get("rates", ()), int | float, "a list of numbers such as [0.0003, 0.001]")
+    if given.get("paper", ()) not in ((), *FIGURES):
+        rows = "; ".join(", ".join(row) for row in FIGURES)
+        raise ValueError(f"{plan}: cell {name}: paper is a row of the paper's tables, got {given['paper']!r}; there are {rows}")
     if "measure" in given:
         _known(f"{plan}: cell {name}: measure", given["measure"], {"traces", "length"})
     if "draw" in given:
@@ -500,6 +513,16 @@ def _figures(plan: str, entries: Mapping[str, Any]) -> dict[str, dict[str, dict[
         str(title): {str(panel): {str(row): cell for row, cell in rows.items()} for panel, rows in of.items()}
         for title, of in found.items()
     }
+
+
+def _shape(where: str, given: Any, kind: Any, wanted: str) -> None:
+    if not isinstance(given, kind):
+        raise ValueError(f"{where} must be {wanted}, got {given!r}")
+
+
+def _each(where: str, given: Any, kind: Any, wanted: str) -> None:
+    if not isinstance(given, list | tuple) or not all(isinstance(one, kind) and not isinstance(one, bool) for one in given):
+        raise ValueError(f"{where} must be {wanted}, got {given!r}")
 
 
 def _known(where: str, entries: Mapping[str, Any], allowed: set[str]) -> None:

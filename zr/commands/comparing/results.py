@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from zr.commands.comparing import drawing
 from zr.commands.comparing.cell import DISTRIBUTIONS, DONE, MEASURED, product
 from zr.commands.comparing.jobs import Job, Runner
 from zr.commands.comparing.plan import Plan
+from zr.commands.comparing.validations import validations
 from zr.metrics import Choices, ExpectedCalibrationError, bootstrap_interval, compare, coupling_distances, evaluate
 from zr.scores import ScoreDistribution
 from zr.version import __version__
@@ -141,9 +141,9 @@ def gather(plan: Plan, runner: Runner) -> dict[str, Any]:
         writes no trace), output ``tokens`` of a score, ``parameters``, ``teacher`` (distance to it), ``fit`` (rate, validation
         and its ``curve`` of steps and HPA); what depends on the machine's speed stands under ``time``.
         ``differences``: ``A - B`` by seed, with paired intervals. ``orderings``: of each neighbouring pair the difference of
-        HPA by seed, and whether it appears. ``pictures``: of the first seed, what of the last cell moved most against the
-        baseline (:meth:`Answers.moved`), or None. ``drawings``: of cells that were drawn from
-        (:func:`zr.commands.comparing.drawing.gather`). ``missing``: cells and seeds that are not there.
+        HPA by seed, and whether it appears. ``pictures``: of the first seed, what of the teacher, or of the last cell of the
+        first ordering, moved most against the baseline (:meth:`Answers.moved`), or None. ``drawings``: of cells that were drawn
+        from (:func:`zr.commands.comparing.drawing.gather`). ``missing``: cells and seeds that are not there.
     """
     jobs = [Job(name, seed) for name in plan.measured for seed in plan.seeds]
     answers = {job: Answers(runner.folder(job)) for job in jobs if runner.done(job)}
@@ -156,7 +156,7 @@ def gather(plan: Plan, runner: Runner) -> dict[str, Any]:
         made = json.loads((runner.folder(job) / DONE).read_text())
         entry["fit"] = {name: made[name] for name in ("rate", "validation", "tried") if name in made}
         if plan.cells[job.cell].fit:
-            entry["fit"]["curve"] = _curve(Path(product(runner.folder(job))))
+            entry["fit"]["curve"] = validations(Path(product(runner.folder(job)))).get("hpa", [])
         entry["time"] = {"seconds": made["seconds"], "ms_per_image": found.about["ms"]}
         cells.setdefault(job.cell, {})[str(job.seed)] = entry
     pairs = [(a, b) for chain in plan.ordering for b, a in pairwise(chain)]
@@ -200,15 +200,6 @@ def _pictures(plan: Plan, answers: Mapping[Job, Answers]) -> dict[str, Any] | No
         return None
     moved = answers[first].moved(answers[second], PICTURES)
     return {"cell": first.cell, "baseline": second.cell, "seed": first.seed, **moved}
-
-
-def _curve(run: Path) -> list[list[float]]:
-    """Steps and mean HPA of a run's validations; none of one that did not validate."""
-    found = []
-    for file in run.glob("logs/version_*/metrics.csv"):
-        with file.open(encoding="utf-8", newline="") as lines:
-            found += [[int(row["step"]), float(row["val/hpa"])] for row in csv.DictReader(lines) if row.get("val/hpa")]
-    return sorted(found)
 
 
 def _mean(values: Any, same: Any, prompt: Any, weight: Any) -> Any:
