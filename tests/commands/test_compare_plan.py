@@ -101,23 +101,23 @@ def plan(**entries) -> Plan:
         ({"cells": {"a": {"write": {"test": {"prompts": 2, "candidates": 2}}}}}, "cell a: write: there is no entry 'test'"),
         ({"cells": {"a": {"write": {"curated": 5}}}}, "write: curated is {prompts: NUMBER, candidates: NUMBER}, got 5"),
         ({"cells": {"a": {**CURATED, "fit": "zr:look"}}}, "cell a has fit and write"),
-        ({"cells": ["sft"]}, "plan: cells must be a mapping of names to cells, got ['sft']"),
-        ({"seeds": 3}, "plan: seeds must be a list of whole numbers such as [0, 1, 2], got 3"),
-        ({"ordering": ["base", "sft"]}, "ordering must be a list of chains such as [[sft, gdso]], got ['base', 'sft']"),
+        ({"cells": ["sft"]}, r"plan: cells must be a mapping of names to cells, got \['sft'\]"),
+        ({"seeds": 3}, r"plan: seeds must be a list of whole numbers such as \[0, 1, 2\], got 3"),
+        ({"ordering": ["base", "sft"]}, r"ordering must be a list of chains such as \[\[sft, gdso\]\], got \['base', 'sft'\]"),
         ({"cells": {"base": {**BASE, "rates": 0.001}}}, "cell base: rates must be a list, got 0.001"),
         (
             {"cells": {"base": {**BASE, "rates": "0.001"}}},
-            "rates must be a list of numbers such as [0.0003, 0.001], got ('0.001',)",
+            r"rates must be a list of numbers such as \[0\.0003, 0\.001\], got \('0\.001',\)",
         ),
         (
             {"cells": {"base": {**BASE, "paper": ["27B", "Sft"]}}},
-            "paper is a row of the paper's tables, got ('27B', 'Sft'); there",
+            r"paper is a row of the paper's tables, got \('27B', 'Sft'\); there",
         ),
         ({"cells": DRAWN | {"b": {**SFT, "start": "curated"}}}, "needs a model to start from, and curated makes data"),
     ],
 )
 def test_a_plan_that_cannot_run_is_one_clear_error(entries: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
         plan(**entries)
 
 
