@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 __all__ = ["demo"]
 
@@ -37,7 +38,7 @@ def demo(folder: Path = Path("zr-demo"), seed: int = 0) -> None:
     from zr.commands.results import write_json
 
     settings = folder / "settings.json"
-    found = json.loads(settings.read_text()) if settings.is_file() else {"seed": seed, "copies": {}}
+    found: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {"seed": seed, "copies": {}}
     if found["seed"] != seed:
         raise ValueError(
             f"{folder} holds a demo with other settings (seed {found['seed']}): choose another folder, or remove it"
