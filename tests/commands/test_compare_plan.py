@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from zr.commands.comparing.paper import FIGURES
-from zr.commands.comparing.plan import Plan
+from zr.commands.comparing.plan import RATE, Plan
 
 BASE = {"fit": "zr:look"}
 SFT = {"fit": ["zr:supervised", "zr:sft"], "start": "base", "measure": {}}
@@ -264,6 +264,26 @@ def test_a_digest_changes_with_recipes_and_modules_beside_the_plan(tmp_path: Pat
     (tmp_path / "mine.yaml").write_text("model: {init_args: {decay: 0.5}}\n")
     found.add(digest())
     assert len(found) == 3
+    (tmp_path / "mine.yaml").write_text("# Mine.\nmodel:\n  init_args: {decay: 0.5}  # as theirs\n")
+    assert digest() in found  # what it says is the same
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {b: 1, a: 2}}\n")
+    before = digest()
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {a: 2, b: 1}}\n")
+    assert digest() != before  # terms are added up in their order
+
+
+def test_a_tried_rate_has_the_digest_of_a_cell_with_this_rate_alone(tmp_path: Path) -> None:
+    def written(rates: tuple[float, ...] = (), **options) -> Plan:
+        cells = {"base": BASE, "sft": {**SFT, "rates": list(rates), "options": options}}
+        return Plan.of({"cells": cells, "seeds": [0, 1]}, "plan", tmp_path / "plan.yaml")
+
+    few, more = written((0.001, 1e-05)), written((0.003, 0.001, 1e-05))
+    assert few.digest("sft", 1) != more.digest("sft", 1)  # another one may be the best
+    assert few.trials("sft", 1).items() < more.trials("sft", 1).items()
+    assert more.trials("sft", 0)[0.001] == written(**{RATE: 0.001}).digest("sft", 0) != more.trials("sft", 1)[0.001]
+    assert written((0.001,), **{RATE: 0.5}).digest("sft", 0) == written((0.001,)).digest("sft", 0)  # it is not trained with
+    assert written((0.001,), **{"trainer.max_steps": 2}).trials("sft", 0) != written((0.001,)).trials("sft", 0)
+    assert not written().trials("sft", 0)
 
 
 @pytest.mark.parametrize("name", ["main", "generators", "search", "ablations", "curves", "sizes"])
@@ -283,7 +303,7 @@ def test_the_search_tries_the_same_rates_for_every_method() -> None:
     found = Plan.load("zr:search")
     trained = [cell for cell in found.cells.values() if cell.fit and cell.measure is not None]
     assert len(trained) > 8
-    assert {cell.rates for cell in trained} == {(0.0003, 0.001, 0.003)}
+    assert {cell.rates for cell in trained} == {(0.0001, 0.0003, 0.001, 0.003, 0.01)}
     assert not any(cell.rates for cell in Plan.load("zr:main").cells.values())
 
 

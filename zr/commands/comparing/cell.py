@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zr.commands.comparing.plan import RATE
 from zr.commands.comparing.validations import validations
 from zr.commands.results import write_json
 
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
     from zr.models import RewardModel
     from zr.rubric import Rubric
 
-__all__ = ["DISTRIBUTIONS", "DONE", "DRAWN", "HELD_OUT", "JOB", "LOG", "MEASURED", "PICTURES", "digest", "product", "run"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "DONE",
+    "DRAWN",
+    "HELD_OUT",
+    "JOB",
+    "LOG",
+    "MEASURED",
+    "PICTURES",
+    "TRIED",
+    "digest",
+    "product",
+    "run",
+]
 
 JOB, LOG, DONE, MEASURED, DISTRIBUTIONS = "job.json", "log.txt", "done.json", "measured.json", "distributions.safetensors"
-DRAWN, PICTURES = "drawn.json", "pictures.safetensors"
+DRAWN, PICTURES, TRIED = "drawn.json", "pictures.safetensors", "tried.json"
 SHARDS, HELD_OUT = "shards", "held-out"
 BATCH = 16
 COUPLED = 4  # batches on which the coupling of score and trace is measured: it takes twice as long as scoring them
@@ -64,9 +78,10 @@ def digest(file: Path) -> str:
 
 
 def _make(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The cell's product, from nothing: what an interrupted process left is removed."""
-    for left in (SHARDS, HELD_OUT, *(path.name for path in folder.glob("run*"))):
-        shutil.rmtree(folder / left, ignore_errors=True)
+    """The cell's product, from nothing: what an interrupted process left is removed, but for rates that were tried."""
+    for left in (folder / SHARDS, folder / HELD_OUT, *folder.glob("run*")):
+        if digest(left / TRIED) not in job["trials"].values():
+            shutil.rmtree(left, ignore_errors=True)
     cell = job["cell"]
     if cell["name"] == "data":
         return _write(job, folder)
@@ -157,28 +172,37 @@ def _label(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _fit(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train with each learning rate; validation chooses among them."""
-    from zr.commands.comparing.ending import Ending
-    from zr.commands.training import run as train
-
     cell, tried = job["cell"], {}
     for rate in cell["rates"] or [None]:
-        ending = Ending()
         name = "run" if rate is None else f"run-{rate:g}"
-        words = [word for path in job["recipes"] for word in ("--config", path)]
-        words += ["--folder", product(Path(job["needs"]["data"])), "--run", str(folder / name)]
-        words += ["--seed_everything", str(job["seed"])]
-        words += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-        words += ["--start", _started(job)] if cell["start"] or cell["model"] else []
-        words += [f"--{key}={_option(job, value)}" for key, value in cell["options"].items()]
-        words += _training_split(job)
-        words += [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
-        train(["fit", *words], callbacks=[ending])
-        reached = [value for _, value in validations(folder / name).get("hpa", [])]
-        tried[name] = {"rate": rate, "validation": max(reached, default=None), "ending": ending.about}
+        file = folder / name / TRIED
+        if not file.is_file():  # one of other settings has been removed
+            write_json(file, {"digest": job["trials"].get(str(rate), ""), **_train(job, folder / name, rate)})
+        tried[name] = json.loads(file.read_text())
+        del tried[name]["digest"]
     if len(tried) > 1 and any(t["validation"] is None for t in tried.values()):
         raise ValueError(f"cell {cell['name']} chooses its rate on validation, and nothing was validated: leave rates out")
     best = max(tried, key=lambda name: tried[name]["validation"] or 0.0)
     return {"product": best, **tried[best], "tried": {f"{t['rate']:g}": t["validation"] for t in tried.values() if t["rate"]}}
+
+
+def _train(job: Mapping[str, Any], run: Path, rate: float | None) -> dict[str, Any]:
+    """Train once: the best validation, and how it ended."""
+    from zr.commands.comparing.ending import Ending
+    from zr.commands.training import run as train
+
+    cell, ending = job["cell"], Ending()
+    words = [word for path in job["recipes"] for word in ("--config", path)]
+    words += ["--folder", product(Path(job["needs"]["data"])), "--run", str(run)]
+    words += ["--seed_everything", str(job["seed"])]
+    words += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    words += ["--start", _started(job)] if cell["start"] or cell["model"] else []
+    words += [f"--{key}={_option(job, value)}" for key, value in cell["options"].items()]
+    words += _training_split(job)
+    words += [] if rate is None else [f"--{RATE}={rate}"]
+    train(["fit", *words], callbacks=[ending])
+    reached = [value for _, value in validations(run).get("hpa", [])]
+    return {"rate": rate, "validation": max(reached, default=None), "ending": ending.about}
 
 
 def _training_split(job: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from zr.commands.comparing.cell import DONE, DRAWN, JOB, LOG, MEASURED, digest
+from zr.commands.comparing.cell import DONE, DRAWN, JOB, LOG, MEASURED, TRIED, digest
 from zr.commands.comparing.plan import Plan
 from zr.commands.results import write_json
 from zr.report.text import plain
@@ -99,6 +99,8 @@ class Runner:
             for job in (Job(name, seed) for seed in self.plan.seeds):
                 for file in files:
                     (self.folder(job) / file).unlink(missing_ok=True)
+                for tried in self.folder(job).glob(f"run-*/{TRIED}") if name in again else ():
+                    tried.unlink()
 
     def run(self, cells: Sequence[str], parallel: int) -> None:
         """Run cells and what they need, with every seed.
@@ -158,6 +160,7 @@ class Runner:
                 "digest": self.plan.digest(job.cell, job.seed),
                 "measured": self.plan.measured_digest(job.cell, job.seed),
                 "drawn": self.plan.drawn_digest(job.cell, job.seed),
+                "trials": self.plan.trials(job.cell, job.seed),
                 "seed": job.seed,
                 "cell": asdict(cell),
                 "recipes": [str(path) for path in self.plan.recipes(cell)],

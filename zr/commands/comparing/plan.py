@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from zr.commands.comparing.paper import FIGURES
 from zr.commands.configs import PREFIX, packaged
 from zr.version import __version__
 
-__all__ = ["DATA", "SPLITS", "Cell", "Plan"]
+__all__ = ["DATA", "RATE", "SPLITS", "Cell", "Plan"]
 
 DATA = "data"
 """The cell that every plan has: its splits, those that are trained on apart from the one that is measured on."""
@@ -25,6 +25,9 @@ DATA = "data"
 SPLITS = ("base", "train", "unlabelled", "validation", "test")
 WRITTEN = ("base", "train", "unlabelled", "curated")
 """Splits of the built-in world that a cell may write for itself: nothing is measured on them."""
+
+RATE = "model.optimizer.init_args.lr"
+"""The option that ``rates`` stand for."""
 
 MEASURES = 2
 """What is measured; a cell whose measures are of another number is measured again."""
@@ -52,7 +55,8 @@ class Cell:
         splits: of ``data``, to train on or to label.
         options: of ``zr fit`` (``{"trainer.max_steps": 400}`` is ``--trainer.max_steps=400``) or of ``zr label``. In texts
             ``{seed}`` is the seed and ``{CELL}`` the folder of a cell, which this one then follows from.
-        rates: learning rates, of which the one that validation prefers is kept; none for the recipe's.
+        rates: learning rates, of which the one that validation prefers is kept; none for the recipe's. A rate that was tried
+            is not tried again when others are added.
         measure: how it is measured; None for not at all. ``traces`` of a model that reasons, or shall (``length``: their most
             tokens); without it the model answers as it was saved.
         draw: how pictures are drawn of a generator, one for each prompt that is measured on, for the world's judge; None for
@@ -272,18 +276,26 @@ class Plan:
 
     def digest(self, name: str, seed: int) -> str:
         """Of all that decides on what a cell makes: its settings, recipes and modules, and those of all it follows from."""
+        return self._digest(self.cells[name], seed)
+
+    def trials(self, name: str, seed: int) -> dict[float, str]:
+        """By learning rate of a cell that tries some: the digest that it would have with this one alone."""
         cell = self.cells[name]
+        return {rate: self._digest(replace(cell, rates=(), options={**cell.options, RATE: rate}), seed) for rate in cell.rates}
+
+    def _digest(self, cell: Cell, seed: int) -> str:
         later = ("measure", "draw", "paper")  # what does not decide on it
         settings = {key: value for key, value in asdict(cell).items() if key not in later and (key != "write" or value)}
+        settings["options"] = {key: value for key, value in cell.options.items() if key != RATE or not cell.rates}
         texts = [path.read_text(encoding="utf-8") for path in self.recipes(cell)]
         about = {
             "zr": __version__,
             "seed": seed,
             "cell": settings,
-            "recipes": texts,
+            "recipes": [json.dumps(yaml.safe_load(text), default=str) for text in texts],  # their comments may change
             "modules": self._modules([*texts, *(value for value in cell.options.values() if isinstance(value, str))]),
             "needs": {need: self.digest(need, seed) for need in cell.origins},
-            "data": [self.data, self.split] if name == DATA else None,
+            "data": [self.data, self.split] if cell.name == DATA else None,
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
