@@ -131,6 +131,26 @@ def test_one_run_at_a_time(home: Path, monkeypatch) -> None:
         compare(written(home), home / "out", parallel=0)
 
 
+def test_a_rate_that_was_tried_is_not_tried_again(home: Path) -> None:
+    def ran(*rates: float, again: list[str] | None = None) -> dict[float, int]:
+        """When each rate was tried."""
+        sft = {"fit": ["zr:supervised", "zr:sft"], "model": str(home / "start"), "rates": list(rates), "measure": {}}
+        alone = {"like": "sft", "rates": [], "options": {"model.optimizer.init_args.lr": 0.003}}
+        compare(written(home, cells={"sft": sft, "alone": alone}), home / "out", again=again)
+        runs = home.glob("out/cells/sft/seed-0/run-*/logs")
+        return {float(run.parent.name.removeprefix("run-")): run.stat().st_mtime_ns for run in runs}
+
+    first = ran(0.001, 0.003)
+    wider = ran(0.003, 0.01)
+    assert wider.keys() == {0.003, 0.01}
+    assert wider[0.003] == first[0.003]
+    found = numbers(home / "out")["cells"]
+    tried = found["sft"]["0"]["fit"]["tried"]
+    assert list(tried) == ["0.003", "0.01"]
+    assert tried["0.003"] == found["alone"]["0"]["fit"]["validation"]  # what it is with this rate alone
+    assert ran(0.003, 0.01, again=["sft"])[0.003] > wider[0.003]
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_twice_and_in_parallel_gives_the_same_numbers(home: Path) -> None:
     plan = written(home)

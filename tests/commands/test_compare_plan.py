@@ -1,6 +1,7 @@
 """Plans: what they take over, what they refuse before anything runs, and when a cell counts as another one."""
 
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,10 @@ def test_figures_of_a_plan_name_measured_cells_and_a_null_takes_one_away() -> No
     found = Plan.load("zr:ablations")
     shown = {cell: found.cells[cell] for panels in found.figures.values() for rows in panels.values() for cell in rows.values()}
     assert {name: "zr:parsed" in cell.fit for name, cell in shown.items()} == {
+        "reward-dance": False,
+        "rationale": False,
+        "rationale-grpo": False,
+        "rationale-gdso": False,
         "grpo": False,
         "grpo-parsed": True,
         "gdso": False,
@@ -307,15 +312,21 @@ def test_the_search_tries_the_same_rates_for_every_method() -> None:
     assert not any(cell.rates for cell in Plan.load("zr:main").cells.values())
 
 
-def test_main_has_the_rates_that_the_search_found() -> None:
+def test_the_plans_have_the_rates_that_the_search_found() -> None:
     """By the committed result: of each row the rate whose validation is the highest, as printed."""
     told = (Path(__file__).parents[2] / "docs/results/search.md").read_text(encoding="utf-8").split("## Learning rates")[1]
     rows = re.findall(r"^\| ([\w-]+), seed 0 \| (.+?) \| ([\d.]+) \|$", told, flags=re.MULTILINE)
-    main = Plan.load("zr:main").cells
-    assert {name for name, _, _ in rows} == {
-        n for n, cell in Plan.load("zr:search").cells.items() if cell.rates and cell.measure is not None
-    }
+    search = {name: cell for name, cell in Plan.load("zr:search").cells.items() if cell.rates and cell.measure is not None}
+    assert {name for name, _, _ in rows} == search.keys()
+    plans = [Plan.load(f"zr:{name}").cells for name in ("main", "ablations", "sizes", "curves", "generators")]
     for name, tried, chosen in rows:
         found = {float(rate): float(hpa) for rate, hpa in (part.split(": ") for part in tried.split(", "))}
         assert found[float(chosen)] == max(found.values())
-        assert main[name].options["model.optimizer.init_args.lr"] == float(chosen)
+        users = [cells[name] for cells in plans if name in cells]
+        assert users
+        for cell in users:  # it is what was searched, with this rate
+            assert cell.options[RATE] == float(chosen)
+            assert asdict(replace(cell, options={}, paper=())) == asdict(replace(search[name], options={}, rates=(), paper=()))
+            assert cell.options.items() ^ {RATE: float(chosen)}.items() == {
+                (key, value) for key, value in search[name].options.items() if key != RATE
+            }
