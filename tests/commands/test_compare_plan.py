@@ -277,6 +277,12 @@ def test_a_digest_changes_with_recipes_and_modules_beside_the_plan(tmp_path: Pat
     assert digest() != before  # terms are added up in their order
 
 
+def test_a_recipe_that_is_no_yaml_is_named_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {init_args: [\n")
+    with pytest.raises(ValueError, match=r"cell base: mine\.yaml is no YAML: while parsing"):
+        Plan.of({"cells": {"base": {"fit": ["zr:look", "mine.yaml"]}}}, "plan", tmp_path / "plan.yaml")
+
+
 def test_a_tried_rate_has_the_digest_of_a_cell_with_this_rate_alone(tmp_path: Path) -> None:
     def written(rates: tuple[float, ...] = (), **options) -> Plan:
         cells = {"base": BASE, "sft": {**SFT, "rates": list(rates), "options": options}}

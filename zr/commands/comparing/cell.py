@@ -79,9 +79,12 @@ def digest(file: Path) -> str:
 
 def _make(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The cell's product, from nothing: what an interrupted process left is removed, but for rates that were tried."""
+    (folder / DONE).unlink(missing_ok=True)  # first: a folder that is half removed is none that is done
+    trials = {_run_name(float(rate)): made for rate, made in job["trials"].items()}
     for left in (folder / SHARDS, folder / HELD_OUT, *folder.glob("run*")):
-        if digest(left / TRIED) not in job["trials"].values():
-            shutil.rmtree(left, ignore_errors=True)
+        if left.exists() and (left.name not in trials or digest(left / TRIED) != trials[left.name]):
+            (left / TRIED).unlink(missing_ok=True)
+            shutil.rmtree(left)
     cell = job["cell"]
     if cell["name"] == "data":
         return _write(job, folder)
@@ -174,16 +177,27 @@ def _fit(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train with each learning rate; validation chooses among them."""
     cell, tried = job["cell"], {}
     for rate in cell["rates"] or [None]:
-        name = "run" if rate is None else f"run-{rate:g}"
-        file = folder / name / TRIED
+        name = "run" if rate is None else _run_name(rate)
+        file, begin = folder / name / TRIED, time.perf_counter()
         if not file.is_file():  # one of other settings has been removed
-            write_json(file, {"digest": job["trials"].get(str(rate), ""), **_train(job, folder / name, rate)})
+            reached = _train(job, folder / name, rate)
+            seconds = round(time.perf_counter() - begin, 1)
+            write_json(file, {"digest": job["trials"].get(str(rate), ""), "seconds": seconds, **reached})
         tried[name] = json.loads(file.read_text())
         del tried[name]["digest"]
     if len(tried) > 1 and any(t["validation"] is None for t in tried.values()):
         raise ValueError(f"cell {cell['name']} chooses its rate on validation, and nothing was validated: leave rates out")
     best = max(tried, key=lambda name: tried[name]["validation"] or 0.0)
-    return {"product": best, **tried[best], "tried": {f"{t['rate']:g}": t["validation"] for t in tried.values() if t["rate"]}}
+    return {
+        "product": best,
+        **tried[best],
+        "seconds": round(sum(t["seconds"] for t in tried.values()), 1),  # of all rates, whenever they were tried
+        "tried": {f"{t['rate']:g}": t["validation"] for t in tried.values() if t["rate"]},
+    }
+
+
+def _run_name(rate: float) -> str:
+    return f"run-{rate!r}"
 
 
 def _train(job: Mapping[str, Any], run: Path, rate: float | None) -> dict[str, Any]:

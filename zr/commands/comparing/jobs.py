@@ -97,10 +97,10 @@ class Runner:
         for name, cell in self.plan.cells.items():
             files = (DONE, MEASURED, DRAWN) if name in again else (DRAWN,) if again & set(cell.needs) else ()
             for job in (Job(name, seed) for seed in self.plan.seeds):
-                for file in files:
-                    (self.folder(job) / file).unlink(missing_ok=True)
                 for tried in self.folder(job).glob(f"run-*/{TRIED}") if name in again else ():
                     tried.unlink()
+                for file in files:
+                    (self.folder(job) / file).unlink(missing_ok=True)
 
     def run(self, cells: Sequence[str], parallel: int) -> None:
         """Run cells and what they need, with every seed.

@@ -56,7 +56,7 @@ class Cell:
         options: of ``zr fit`` (``{"trainer.max_steps": 400}`` is ``--trainer.max_steps=400``) or of ``zr label``. In texts
             ``{seed}`` is the seed and ``{CELL}`` the folder of a cell, which this one then follows from.
         rates: learning rates, of which the one that validation prefers is kept; none for the recipe's. A rate that was tried
-            is not tried again when others are added.
+            is not tried again when others are added to its cell; cells that follow from it are run again.
         measure: how it is measured; None for not at all. ``traces`` of a model that reasons, or shall (``length``: their most
             tokens); without it the model answers as it was saved.
         draw: how pictures are drawn of a generator, one for each prompt that is measured on, for the world's judge; None for
@@ -287,12 +287,12 @@ class Plan:
         later = ("measure", "draw", "paper")  # what does not decide on it
         settings = {key: value for key, value in asdict(cell).items() if key not in later and (key != "write" or value)}
         settings["options"] = {key: value for key, value in cell.options.items() if key != RATE or not cell.rates}
-        texts = [path.read_text(encoding="utf-8") for path in self.recipes(cell)]
+        texts = [json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), default=str) for path in self.recipes(cell)]
         about = {
             "zr": __version__,
             "seed": seed,
             "cell": settings,
-            "recipes": [json.dumps(yaml.safe_load(text), default=str) for text in texts],  # their comments may change
+            "recipes": texts,  # without their comments, which may change
             "modules": self._modules([*texts, *(value for value in cell.options.values() if isinstance(value, str))]),
             "needs": {need: self.digest(need, seed) for need in cell.origins},
             "data": [self.data, self.split] if cell.name == DATA else None,
@@ -450,13 +450,23 @@ def _check(plan: str, cell: Cell, cells: Mapping[str, Cell], file: Path) -> None
         other = cells.get(getattr(cell, key))
         if other is not None and other.makes_data:
             raise ValueError(f"{where} needs a model to {key} from, and {other.name} makes data")
-    texts = [recipe(name, file).read_text(encoding="utf-8") for name in cell.fit]
+    texts = [_recipe_text(f"{where}: {name}", recipe(name, file)) for name in cell.fit]
     if not (cell.start or cell.model) and (not kinds or any("${start}" in text for text in texts)):
         raise ValueError(f"{where} has nothing to start from: give it start (a cell) or model (a folder or a name on the hub)")
     if kinds and "fit" not in kinds and cell.measure is not None:
         raise ValueError(f"{where} makes data, which cannot be measured: leave measure out")
     if cell.rates and not cell.fit:
         raise ValueError(f"{where} has rates and does not train: leave them out")
+
+
+def _recipe_text(where: str, path: Path) -> str:
+    """A recipe's text, which is YAML."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {error}") from None
+    return text
 
 
 def _check_drawing(plan: str, cell: Cell, cells: Mapping[str, Cell], file: Path, splits: Mapping[str, Any]) -> None:
