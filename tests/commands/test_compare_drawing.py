@@ -328,7 +328,7 @@ def test_a_cell_writes_a_split_of_its_own(tmp_path: Path) -> None:
         "fit": [],
         "draw": None,
     }
-    (tmp_path / "job.json").write_text(json.dumps({"digest": "d", "seed": 4, "cell": cell, "measure": None}))
+    (tmp_path / "job.json").write_text(json.dumps({"digest": "d", "trials": {}, "seed": 4, "cell": cell, "measure": None}))
     process.run(tmp_path)
     assert json.loads((tmp_path / DONE).read_text())["product"] == "shards"
     assert set(Index.load(tmp_path / "shards").splits) == {"curated"}
